@@ -33,12 +33,14 @@ class TaskConfig:
     name: str
     """Unique name of the task inside the sequence."""
     dataset: str | None = None
-    """Name of its folder (folder formats), hub id (`hub`) or generator (`generated`); default: `name`."""
+    """Its folder (folder formats), hub id (`hub`) or generator (`generated`); default: `name`."""
     config: str | None = None
     """Hub configuration name."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); default: the newest."""
     files: dict[str, str | list[str]] | None = None
-    """`files` format: split -> file(s), JSONL (plain, .gz, .zst), JSON array or Parquet, relative to
-    `data.root`; globs allowed."""
+    """`files` format: split -> file(s), JSONL or JSON array (plain, .gz, .zst) or Parquet, relative
+    to `data.root`; globs allowed."""
     splits: dict[str, str] = field(default_factory=dict)
     """`hub` format: our split (`train`, `test`) -> the hub's split name."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

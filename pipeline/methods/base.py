@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,9 @@ class Method:
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
 
+    def bind(self, rank: int, world: int, device: torch.device) -> None:
+        """Where this process stands; called once, before every other hook."""
+
     def stage_groups(self, num_tasks: int) -> list[list[int]]:
         """Tasks that each stage trains on; by default one task per stage, in order."""
         return [[index] for index in range(num_tasks)]
@@ -57,6 +60,11 @@ class Method:
     def trainable(self, factor: str) -> bool:
         """Whether factor `"A"` or `"B"` is trained; a frozen one keeps what a method wrote."""
         return True
+
+    @property
+    def merge(self) -> Literal["exact", "factor_sum"]:
+        """How finished factors are put together; `factor_sum` exists to reproduce reference code."""
+        return "exact"
 
     def on_sequence_start(self, stage: Stage) -> None:
         """Once, with the untrained model. Not called again on resume (state is loaded instead)."""
@@ -93,8 +101,10 @@ class Method:
     def after_step(self, stage: Stage) -> None:
         """Weights have moved; correct them with `engine.value` and `engine.write`."""
 
-    def step_metrics(self) -> dict[str, float]:
-        """Numbers of the last step for its event, such as the penalty and its gradient share."""
+    def step_sums(self) -> dict[str, torch.Tensor]:
+        """Up to six scalars of the last step for its event; the loop sums them over ranks together
+        with the loss, so they cost no further collective. `penalty`, `penalty_norm` and
+        `task_norm` are known to the loop, which logs the penalty's share of the gradient."""
         return {}
 
     def on_task_end(self, stage: Stage) -> None:

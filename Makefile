@@ -1,0 +1,62 @@
+# make quickstart   install, then learn a small sequence and open its report
+# make test         install, then the test suite
+# make check        linters, types, import order, spelling, file length
+# make smollm2      fetch a real pretrained model of 135 M parameters into the cache
+#
+# PYTHON=python3.12 picks the interpreter of a new .venv; TORCH=torch==2.13.0+cu130 the build of
+# PyTorch, wherever pip is set up to find it.
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+SOURCES := pipeline eval launch tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check format smollm2 constraints
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+# The stamp makes a second call instant and free of the network.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "accrete needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Without an NVIDIA driver, PyTorch goes in first and alone: a CPU build that pip can see ranks
+	@# above the plain one, and nothing that follows replaces it.
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install -q '$(TORCH)'
+	$(BIN)/python -m pip install -q -c constraints.txt '$(TORCH)' -e '.[dev]'
+	touch $@
+
+install: $(INSTALLED)
+
+quickstart: install
+	$(BIN)/accrete run quickstart --run-dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	@long=$$(find $(SOURCES) -name '*.py' -exec wc -l {} + | awk '$$2 != "total" && $$1 > 400'); \
+	  test -z "$$long" || { echo "files of more than 400 lines; divide them:"; echo "$$long"; exit 1; }
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: install
+	$(BIN)/python -m accrete.pipeline.models.fetch_smollm2
+
+# Newest versions of everything, as pip resolves them in an empty environment.
+constraints:
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install -q '$(TORCH)' && build/constraints/bin/python -m pip install -q '.[dev]'
+	{ sed '/^[^#]/,$$d' constraints.txt; \
+	  build/constraints/bin/python -m pip freeze --all --exclude accrete --exclude pip | sed 's/+cpu$$//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt

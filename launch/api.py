@@ -1,0 +1,283 @@
+"""accrete from Python: load a recipe, run it, read the result.
+
+    from accrete.launch.api import load_recipe, run
+    result = run(load_recipe("quickstart", "seed=1"), "runs/one")
+    print(result.metrics["backward_transfer"])
+
+The command line does its work through these functions as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accrete.launch.environment import (
+    choose_device,
+    choose_procs,
+    command_line,
+    git_state,
+    hardware,
+    versions,
+)
+from accrete.launch.local import launch_local
+from accrete.launch.prepare import Prepared, Say, prepare
+from accrete.pipeline.errors import AccreteError, ConfigError, DataError, InputError, RunFolderError
+from accrete.pipeline.run_dir import RunDir, read_json, write_json
+
+if TYPE_CHECKING:
+    from accrete.pipeline.config.load import LoadedRecipe
+
+RESUMABLE = ("engine", "log", "checkpoint")
+"""Sections that a resumed run may change: they do not touch what is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run has come to, finished or not."""
+
+    path: Path
+    """The run folder."""
+    tasks: list[str]
+    """Names of the tasks, in order."""
+    matrix: list[list[float | None]]
+    """`matrix[t][i]`: percent on task i after stage t, i <= t; one row per finished stage."""
+    metrics: dict[str, float | None]
+    """Average performance, backward transfer and the others of matrix.json, in points."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is scored."""
+        return len(self.matrix) == len(self.tasks)
+
+    @property
+    def report(self) -> Path:
+        """The run's HTML report."""
+        return RunDir(self.path).report
+
+
+def load_recipe(name_or_path: str | Path, *overrides: str) -> LoadedRecipe:
+    """A recipe by name (`standard_cl/order1`) or file, with `a.b=v` overrides.
+
+    Raises:
+        ConfigError: All mistakes of the recipe and the overrides at once.
+    """
+    from accrete.pipeline.config.load import load_recipe as load
+
+    return load(name_or_path, overrides)
+
+
+def run(
+    recipe: LoadedRecipe,
+    run_dir: str | Path,
+    procs: int | None = None,
+    say: Say | None = None,
+) -> RunResult:
+    """Run a recipe from start to end in a new folder.
+
+    Args:
+        recipe: As `load_recipe` gives it.
+        run_dir: A folder that does not exist or is empty.
+        procs: Processes on this machine; default: what the recipe says, else all GPUs, or 2.
+        say: Called with lines about the preparation; default: print to stderr.
+
+    Raises:
+        InputError: Bad input; no run folder is left behind.
+        LaunchError: A worker failed; `resume` goes on from the last checkpoint.
+    """
+    if procs is not None:
+        recipe = load_recipe(recipe.file, *recipe.overrides, f"engine.procs={procs}")
+    folder = RunDir(run_dir)
+    folder.check_free()
+    prepared = prepare(recipe.config, say or _say)
+    folder.create()
+    try:
+        with folder.lock() as lock:
+            _write_start(folder, recipe, prepared)
+            _launch(folder, (), prepared.procs, prepared.device, lock)
+    except BaseException as error:
+        # Bad input leaves no folder behind, and a start that was cut short no half of one.
+        bad_input = isinstance(error, AccreteError) and error.exit_code == InputError.exit_code
+        if bad_input or not folder.is_run():
+            folder.remove_if_empty_run()
+        raise
+    return _conclude(folder)
+
+
+def resume(
+    run_dir: str | Path,
+    *overrides: str,
+    procs: int | None = None,
+    say: Say | None = None,
+) -> RunResult:
+    """Go on with a run from its newest checkpoint; a finished run is only read.
+
+    Args:
+        run_dir: The run folder.
+        overrides: Changes of `engine.*`, `log.*` and `checkpoint.*`.
+        procs: Processes on this machine, as `engine.procs`.
+        say: Called with lines about the preparation; default: print to stderr.
+
+    Raises:
+        ConfigError: Another key is overridden.
+        DataError: The rows are not those that the run started with.
+        LaunchError: A worker failed.
+    """
+    if procs is not None:
+        overrides = (*overrides, f"engine.procs={procs}")
+    folder = RunDir(run_dir)
+    folder.require_run()
+    check_resumable(overrides)
+    recipe = load_recipe(folder.recipe, *overrides)
+    with folder.lock() as lock:
+        if not is_finished(folder):
+            device = choose_device(recipe.config.engine)
+            count = choose_procs(recipe.config.engine, device)
+            if not _usable(folder):
+                _replace_prepared(folder, prepare(recipe.config, say or _say))
+            _note_resume(folder, overrides, count, device)
+            _launch(folder, overrides, count, device, lock)
+    return _conclude(folder)
+
+
+def read_result(run_dir: str | Path) -> RunResult:
+    """What a run folder says, finished or not.
+
+    Raises:
+        RunFolderError: It is no run folder, or no stage has been scored yet.
+    """
+    folder = RunDir(run_dir)
+    folder.require_run()
+    if not folder.matrix.is_file():
+        raise RunFolderError(
+            f"{folder.path}: no stage has been scored yet. Go on with "
+            f"`accrete resume {folder.path}`."
+        )
+    content = read_json(folder.matrix)
+    return RunResult(
+        path=folder.path,
+        tasks=content["tasks"],
+        matrix=content["matrix"],
+        metrics=content["metrics"],
+    )
+
+
+def is_finished(folder: RunDir) -> bool:
+    """Whether every stage of the run is scored."""
+    return folder.matrix.is_file() and read_result(folder.path).finished
+
+
+def check_resumable(overrides: Sequence[str]) -> None:
+    """Make sure that overrides of a resumed run leave alone what is learned.
+
+    Raises:
+        ConfigError: One of them does not.
+    """
+    wrong = [text for text in overrides if text.partition(".")[0] not in RESUMABLE]
+    if wrong:
+        raise ConfigError(
+            f"A resumed run cannot change {', '.join(wrong)}: its first stages were made without. "
+            f"Allowed: {', '.join(f'{section}.*' for section in RESUMABLE)}. "
+            "For other settings start a new run."
+        )
+
+
+def _write_start(folder: RunDir, recipe: LoadedRecipe, prepared: Prepared) -> None:
+    write_json(folder.prepared, prepared.to_json())
+    recipe.dump_yaml(folder.recipe)
+    # Written last: a folder with run.json is a run.
+    write_json(
+        folder.run,
+        {
+            "name": recipe.name,
+            "method": recipe.config.method.kind,
+            "seed": recipe.config.seed,
+            "command": command_line(),
+            "started": _now(),
+            "recipe_file": str(recipe.file),
+            "overrides": list(recipe.overrides),
+            "procs": prepared.procs,
+            "device": prepared.device,
+            "versions": versions(),
+            "hardware": hardware(prepared.device),
+            "origins": recipe.origins,
+            "git": git_state(),
+            "resumes": [],
+        },
+    )
+
+
+def _note_resume(folder: RunDir, overrides: Sequence[str], procs: int, device: str) -> None:
+    content = read_json(folder.run)
+    content["resumes"] = [
+        *content.get("resumes", []),
+        {
+            "command": command_line(),
+            "started": _now(),
+            "overrides": list(overrides),
+            "procs": procs,
+            "device": device,
+            "versions": versions(),
+        },
+    ]
+    write_json(folder.run, content)
+
+
+def _usable(folder: RunDir) -> bool:
+    """Whether the cache still holds what the run was prepared with."""
+    if not folder.prepared.is_file():
+        return False
+    content = read_json(folder.prepared)
+    folders = [task[key] for task in content["tasks"] for key in ("train_dir", "eval_dir")]
+    model = Path(content["model_path"])
+    # A model that is no absolute path is a hub id, which transformers looks up by itself.
+    return all(Path(p).is_dir() for p in folders) and (model.is_dir() or not model.is_absolute())
+
+
+def _replace_prepared(folder: RunDir, prepared: Prepared) -> None:
+    """Take what was prepared anew, if it is the same as before."""
+    if folder.prepared.is_file():
+        before = [task["fingerprint"] for task in read_json(folder.prepared)["tasks"]]
+        changed = [
+            task.name
+            for task, old in zip(prepared.tasks, before, strict=True)
+            if task.fingerprint != old
+        ]
+        if changed:
+            raise DataError(
+                f"{folder.path}: the rows, prompts or tokenizer of {', '.join(changed)} are not "
+                "those that the run started with. Restore them, or start a new run."
+            )
+    write_json(folder.prepared, prepared.to_json())
+
+
+def _launch(folder: RunDir, overrides: Sequence[str], procs: int, device: str, lock: int) -> None:
+    launch_local(
+        folder,
+        ["--run-dir", str(folder.path.resolve()), *overrides],
+        procs=procs,
+        device=device,
+        lock=lock,
+    )
+
+
+def _conclude(folder: RunDir) -> RunResult:
+    from accrete.eval.report import write_report
+
+    write_report(folder.path)
+    return read_result(folder.path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+__all__ = ["RunResult", "load_recipe", "read_result", "resume", "run"]

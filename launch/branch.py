@@ -1,0 +1,106 @@
+"""Start a new run from a finished stage of another, with other settings for what follows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from accrete.pipeline.config.load import LoadedRecipe, load_recipe
+from accrete.pipeline.errors import ConfigError, RunFolderError
+from accrete.pipeline.run_dir import RunDir, read_json, write_json
+
+FIXED = ("model", "adapter", "data", "seed")
+"""What the shared stages were made with; a branch cannot change it."""
+
+
+def branch_recipe(parent: RunDir, stage: int, overrides: Sequence[str]) -> LoadedRecipe:
+    """The branch's recipe: the parent's with overrides, checked against what is shared.
+
+    Raises:
+        ConfigError: An override changes what the shared stages depend on.
+        RunFolderError: The parent has no such finished stage.
+    """
+    parent.require_run()
+    if not (parent.checkpoints / f"stage-{stage}" / "checkpoint.json").is_file():
+        raise RunFolderError(f"{parent.path}: stage {stage} is not finished (stages count from 0).")
+    old, new = load_recipe(parent.recipe), load_recipe(parent.recipe, overrides)
+    before, after = old.resolved(), new.resolved()
+    changed = [key for key in FIXED if before[key] != after[key]]
+    if before["tasks"][: stage + 1] != after["tasks"][: stage + 1]:
+        changed.append("tasks")
+    if changed:
+        raise ConfigError(
+            f"A branch of {parent.path} after stage {stage} shares what came before, so it cannot "
+            f"change {', '.join(changed)}. Allowed: method.*, train.*, engine.*, eval.*, log.*, "
+            "checkpoint.* and later tasks. For the rest start a new run."
+        )
+    return new
+
+
+def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) -> None:
+    """Copy what stages 0 to `stage` left behind into a fresh run folder.
+
+    The method's own state (such as EWC-LoRA's Fisher) goes along only if the method stays the same;
+    another method starts with no memory of the shared tasks.
+    """
+    for index in range(stage + 1):
+        shutil.copytree(parent.stage(index).path, child.stage(index).path)
+        source = parent.checkpoints / f"stage-{index}"
+        if source.is_dir():
+            target = child.checkpoints / f"stage-{index}"
+            shutil.copytree(source, target)
+            if not same_method:
+                _drop_method_state(target)
+    for name in ("untrained.json",):
+        if (parent.path / name).is_file():
+            shutil.copy2(parent.path / name, child.path / name)
+    _copy_events(parent, child, stage)
+    write_json(
+        child.path / "lineage.json",
+        {
+            "parent": str(parent.path.resolve()),
+            "stage": stage,
+            "same_method": same_method,
+            "parent_method": read_json(parent.run).get("method"),
+        },
+    )
+
+
+def adopt_adapter(child: RunDir, stage: int, fresh_adapter: bool) -> None:
+    """Make the last shared checkpoint fit a method that treats the live adapter otherwise.
+
+    From one adapter for all tasks to fresh ones: that adapter becomes the past. The other way round
+    the past stays and a new adapter starts; nothing has to change.
+    """
+    path = child.checkpoints / f"stage-{stage}" / "checkpoint.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if fresh_adapter and manifest["live"]:
+        from accrete.pipeline.checkpoint import digest
+        from accrete.pipeline.models.lora import ADAPTER_FILE
+
+        adapter = child.stage(stage).adapter / ADAPTER_FILE
+        name = str(adapter.relative_to(child.path))
+        manifest["past"] = {**manifest["past"], name: digest(adapter)}
+        manifest["live"] = False
+        write_json(path, manifest)
+
+
+def _drop_method_state(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"].pop("method.safetensors", None)
+    (folder / "method.safetensors").unlink(missing_ok=True)
+    write_json(path, manifest)
+
+
+def _copy_events(parent: RunDir, child: RunDir, stage: int) -> None:
+    """The shared part of the event stream: everything up to the end of `stage`."""
+    from accrete.pipeline.records import Event, read_events
+
+    with child.events.open("w", encoding="utf-8") as file:
+        for event in read_events(parent.events):
+            if event.get("stage", -1) > stage or event["event"] == Event.RUN_FINISHED:
+                continue
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")

@@ -1,0 +1,60 @@
+"""The `accrete` command. Nothing heavy is imported before a command has begun its work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from accrete.launch.commands.compare import compare
+from accrete.launch.commands.plan import plan
+from accrete.launch.commands.report import report
+from accrete.launch.commands.resume import resume
+from accrete.launch.commands.run import run
+from accrete.pipeline.errors import AccreteError
+
+app = typer.Typer(
+    name="accrete",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"accrete {version('accrete')}")
+        raise typer.Exit
+
+
+@app.callback()
+def accrete(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Continual instruction tuning of large language models.
+
+    Start with `accrete run quickstart`.
+    """
+
+
+for command in (run, resume, plan, report, compare):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line: errors meant for the user are one message and an exit status."""
+    try:
+        app()
+    except AccreteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`accrete score RUN`: score a finished stage again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from accrete.launch.completion import complete_run
+
+
+def score(
+    run_dir: Annotated[
+        Path,
+        typer.Argument(help="Run folder.", autocompletion=complete_run, show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[eval.b=v]...", help="Such as eval.mode=generate.", show_default=False
+        ),
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(min=0, help="Stage from 0; default: the last finished one.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task to score (repeatable); default: all so far.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write one JSON line per row to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score the model of a finished stage again, in one process; the run folder is not changed.
+
+    Example: accrete score runs/ewc --stage 2 eval.mode=generate
+    """
+    from accrete.launch.rescore import rescore
+
+    number, scores = rescore(run_dir, stage, task or (), overrides or ())
+    if out is not None:
+        from dataclasses import asdict
+
+        from accrete.pipeline.run_dir import write_text
+
+        lines = [json.dumps(asdict(r), ensure_ascii=False) for s in scores for r in s.rows]
+        write_text(out, "\n".join(lines) + "\n")
+    if as_json:
+        found = [{"task": s.task, "score": s.score, "rows": len(s.rows)} for s in scores]
+        typer.echo(json.dumps({"stage": number, "scores": found}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "score", "rows", title=f"{run_dir} after stage {number}")
+    for item in scores:
+        table.add_row(item.task, f"{item.score:.1f}", str(len(item.rows)))
+    Console().print(table)

@@ -1,0 +1,207 @@
+"""One rank of a run: put the pieces together and run the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accrete.pipeline.config.load import load_recipe
+from accrete.pipeline.distributed import comm
+from accrete.pipeline.run_dir import RunDir, read_json, write_json
+
+if TYPE_CHECKING:
+    from accrete.pipeline.config.run import RunConfig
+    from accrete.pipeline.distributed.comm import Ranks
+    from accrete.pipeline.distributed.engine import Engine
+    from accrete.pipeline.models.lora import AdaptedModel
+    from accrete.pipeline.records import Recorder
+    from accrete.pipeline.stage_runner import Parts, Scores
+
+
+def execute(run_dir: Path, overrides: tuple[str, ...] = ()) -> None:
+    """Run (or go on with) the run in `run_dir` on this rank.
+
+    Args:
+        run_dir: A prepared run folder (`recipe.yaml`, `run.json`, `prepared.json`).
+        overrides: `a.b=v` changes for a resumed run.
+
+    Collective: yes; every rank of the launch calls it once.
+    """
+    run = RunDir(run_dir)
+    run.require_run()
+    config = load_recipe(run.recipe, overrides).config
+    ranks = comm.start(config.engine.device, config.engine.timeout_s)
+    begun = run.events.exists()
+    try:
+        parts = build(run, config, ranks)
+        from accrete.pipeline.stage_runner import StageRunner
+
+        with parts.recorder:
+            if not begun:
+                announce(parts)
+            StageRunner(parts).run()
+    finally:
+        comm.stop()
+
+
+def build(
+    run: RunDir,
+    config: RunConfig,
+    ranks: Ranks,
+    record: bool = True,
+) -> Parts:
+    """All the pieces of a run on this rank; without `record` nothing is written to its events.
+
+    Collective: yes.
+    """
+    from transformers import AutoTokenizer
+
+    from accrete.eval.evaluator import SequenceEvaluator
+    from accrete.pipeline.data.collate import Collator
+    from accrete.pipeline.data.prepare import TaskHandle
+    from accrete.pipeline.data.store import open_train
+    from accrete.pipeline.methods.registry import method_class
+    from accrete.pipeline.models.load import base_dtype, load_base, read_facts
+    from accrete.pipeline.models.lora import AdaptedModel
+    from accrete.pipeline.models.past import Past, choose_mode
+    from accrete.pipeline.records import Recorder
+    from accrete.pipeline.stage_runner import Parts
+
+    prepared = read_json(run.prepared)
+    model_path = str(prepared["model_path"])
+    tasks = [TaskHandle.from_json(task) for task in prepared["tasks"]]
+    tokenizer = AutoTokenizer.from_pretrained(prepared.get("tokenizer_path") or model_path)
+    facts = read_facts(model_path, tokenizer)
+    collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
+    method = method_class(config.method.kind)(config.method)
+    adapted = AdaptedModel(load_base(model_path, config.model, ranks.device), config.adapter)
+    engine = build_engine(config, ranks, adapted, method)
+    mode = choose_mode(config.adapter.past, base_dtype(config.model, ranks.device))
+    evaluator = SequenceEvaluator(config.eval, collator, tokenizer, config.data.max_target_tokens)
+    recorder = open_recorder(run, config, ranks.rank == 0) if record else Recorder(None)
+    return Parts(
+        config=config,
+        run=run,
+        model_path=model_path,
+        tasks=tasks,
+        open_rows=lambda task, index: open_train(
+            task,
+            config.seed,
+            index,
+            config.train.global_batch_size,
+            config.data.window_batches,
+        ),
+        adapted=adapted,
+        engine=engine,
+        past=Past(adapted, engine, mode, method.merge),
+        method=method,
+        facts=facts,
+        collator=collator,
+        evaluator=evaluator,
+        recorder=recorder,
+        on_scores=lambda scores: write_results(run, scores),
+    )
+
+
+def build_engine(config: RunConfig, ranks: Ranks, adapted: AdaptedModel, method: Any) -> Engine:
+    """The engine that the recipe names. Collective: yes."""
+    from accrete.pipeline.distributed.engine import OptimizerSettings
+    from accrete.pipeline.distributed.plain import PlainEngine
+    from accrete.pipeline.distributed.zero import ZeroEngine
+    from accrete.pipeline.stage import accumulation
+
+    train = config.train
+    settings = OptimizerSettings(
+        optimizer=train.optimizer,
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    parameters = adapted.parameters(method.trainable("A"), method.trainable("B"))
+    micro_batches = accumulation(train.global_batch_size, train.micro_batch_size, ranks.world)
+    engine: Engine
+    if config.engine.kind == "plain":
+        engine = PlainEngine(
+            adapted.module, parameters, settings, accumulation=micro_batches, device=ranks.device
+        )
+    else:
+        engine = ZeroEngine(
+            adapted.module,
+            parameters,
+            settings,
+            ranks=ranks,
+            stage=config.engine.zero_stage,
+            accumulation=micro_batches,
+            micro_batch=train.micro_batch_size,
+            bucket_elements=config.engine.bucket_elements,
+        )
+    if method.peeks:
+        engine.watch()
+    return engine
+
+
+def open_recorder(run: RunDir, config: RunConfig, chief: bool) -> Recorder:
+    """The run's event file with its views; on other ranks than 0 a recorder that does nothing."""
+    from accrete.pipeline.records import Recorder
+    from accrete.pipeline.sinks import make_sinks
+
+    if not chief:
+        return Recorder(None)
+    return Recorder(run.events, make_sinks(config.log, run))
+
+
+def announce(parts: Parts) -> None:
+    """The first event of a run: what is going to happen."""
+    from accrete.pipeline.records import Event
+    from accrete.pipeline.stage_runner import planned_steps
+
+    config = parts.config
+    plan = []
+    for index, task in enumerate(parts.tasks):
+        steps = parts.open_rows(task, index).steps_per_epoch
+        plan.append(
+            {
+                "task": task.name,
+                "steps": planned_steps(config, index, steps),
+                "rows_train": task.num_train,
+                "rows_eval": task.num_eval,
+            }
+        )
+    parts.recorder.emit(
+        Event.RUN_STARTED,
+        name=config.name,
+        seed=config.seed,
+        world=parts.engine.world,
+        device=str(parts.engine.device),
+        zero_stage=config.engine.zero_stage if config.engine.kind == "deepspeed" else None,
+        method=config.method.kind,
+        model=parts.model_path,
+        forward_transfer=config.eval.forward_transfer,
+        plan=plan,
+    )
+    for task in parts.tasks:
+        for warning in task.stats.warnings:
+            parts.recorder.emit(Event.WARNING, message=f"{task.name}: {warning}", task=task.name)
+
+
+def write_results(run: RunDir, scores: Scores) -> dict[str, Any]:
+    """The matrix so far and the report, after every stage (rank 0); the matrix as JSON."""
+    from accrete.eval.matrix import AccuracyMatrix
+    from accrete.eval.report import write_report
+
+    matrix = AccuracyMatrix(
+        tasks=tuple(scores.tasks),
+        rows=tuple(tuple(row) for row in scores.rows),
+        untrained=_known(scores.untrained),
+        before=_known(scores.before),
+        counts=tuple(scores.counts),
+    )
+    content = matrix.to_json()
+    write_json(run.matrix, content)
+    write_report(run.path)
+    return content
+
+
+def _known(values: list[float | None]) -> tuple[float | None, ...] | None:
+    return tuple(values) if any(value is not None for value in values) else None

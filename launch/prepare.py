@@ -1,0 +1,115 @@
+"""Everything that can be found wrong with a recipe before a run folder exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accrete.launch.environment import choose_device, choose_procs
+from accrete.pipeline.errors import ModelError
+from accrete.pipeline.sinks import check_tensorboard
+
+if TYPE_CHECKING:
+    from accrete.pipeline.config.run import RunConfig
+    from accrete.pipeline.data.handle import TaskHandle
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A recipe that is ready to run on this machine."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    procs: int
+    """Processes to start."""
+    model_path: str
+    """Folder (or hub id) of the base model."""
+    tokenizer_path: str
+    """Folder (or hub id) of its tokenizer."""
+    seq2seq: bool
+    """Encoder-decoder; else decoder only."""
+    tasks: list[TaskHandle]
+    """Checked and tokenised tasks, in order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of prepared.json."""
+        return {
+            "model_path": self.model_path,
+            "tokenizer_path": self.tokenizer_path,
+            "seq2seq": self.seq2seq,
+            "tasks": [task.to_json() for task in self.tasks],
+        }
+
+
+def prepare(config: RunConfig, say: Say) -> Prepared:
+    """Choose the processes, make or find the model, check and tokenise every row of every task.
+
+    Args:
+        config: The recipe.
+        say: Called with a line of text now and then.
+
+    Raises:
+        InputError: Anything about the recipe, the model or the rows that would stop the run.
+    """
+    if config.log.tensorboard:
+        check_tensorboard()
+    device = choose_device(config.engine)
+    procs = choose_procs(config.engine, device)
+
+    from accrete.pipeline.data.prepare import prepare_sequence
+    from accrete.pipeline.models.cache import cache_root
+    from accrete.pipeline.models.tiny import materialize
+
+    cache = cache_root()
+    model_path = str(materialize(config.model, cache, say))
+    tokenizer_path = config.model.tokenizer or model_path
+    seq2seq = is_seq2seq(model_path, config.model.revision)
+    tasks = prepare_sequence(
+        config.tasks,
+        config.data,
+        tokenizer_path,
+        seq2seq,
+        cache / "tasks",
+        config.seed,
+        say,
+        _tokenizer_options(config),
+    )
+    return Prepared(
+        device=device,
+        procs=procs,
+        model_path=model_path,
+        tokenizer_path=tokenizer_path,
+        seq2seq=seq2seq,
+        tasks=tasks,
+    )
+
+
+def is_seq2seq(model_path: str, revision: str | None) -> bool:
+    """Whether a model folder or hub id holds an encoder-decoder.
+
+    Raises:
+        ModelError: Its configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(model_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path {model_path}: its configuration cannot be read ({error}). Give a folder "
+            "with a config.json, or a hub id."
+        ) from error
+    return bool(settings.is_encoder_decoder)
+
+
+def _tokenizer_options(config: RunConfig) -> dict[str, str] | None:
+    """The hub revision, where the tokenizer comes from the model's own hub repository."""
+    model = config.model
+    own = model.tokenizer is None and model.revision is not None
+    if own and model.path is not None and not Path(model.path).expanduser().exists():
+        return {"revision": str(model.revision)}
+    return None

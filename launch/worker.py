@@ -1,0 +1,62 @@
+"""One rank of a run: `python -m accrete.launch.worker --run-dir DIR [a.b=v ...]`.
+
+Started by `accrete run` on this machine, or by torchrun and srun, which set the same variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accrete.launch.failures import report_failure
+from accrete.launch.local import PARENT_VARIABLE
+from accrete.pipeline.run_dir import RunDir
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the launcher ends, however it ends (Linux)."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None or sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    # The launcher may have died before the call: then no signal comes any more.
+    if os.getppid() != int(parent):
+        os._exit(1)
+
+
+def main() -> None:
+    """Run one rank and end the process with its status."""
+    die_with_parent()
+    faulthandler.enable()
+    parser = argparse.ArgumentParser(prog="python -m accrete.launch.worker")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="changes of a resumed run")
+    arguments = parser.parse_args()
+    try:
+        from accrete.launch.execute import execute
+
+        execute(arguments.run_dir, tuple(arguments.overrides))
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except BaseException as error:
+        _leave(report_failure(RunDir(arguments.run_dir), int(os.environ.get("RANK", "0")), error))
+
+
+def _leave(status: int) -> None:
+    """End without the interpreter's farewell, which can wait for ever in a broken process group."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

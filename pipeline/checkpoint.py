@@ -1,0 +1,202 @@
+"""Checkpoints: whole tensors by name, checksummed, written aside and renamed.
+
+`checkpoints/stage-<t>/` stands after stage t (its Fisher is in, its factors joined the past);
+`checkpoints/stage-<t>-step-<k>/` stands after k steps of stage t. Both hold every trained
+parameter and moment whole, so that a run can go on with another number of ranks or another ZeRO
+stage. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.run_dir import sync_folder, write_json
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands: `step` steps of stage `stage` are made; step None: the stage is done."""
+
+    stage: int
+    step: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the checkpoint's folder."""
+        return (
+            f"stage-{self.stage}" if self.step is None else f"stage-{self.stage}-step-{self.step}"
+        )
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort key: later positions are larger."""
+        return (self.stage, float("inf") if self.step is None else self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    position: Position
+    optimizer_step: int
+    files: dict[str, str] = field(default_factory=dict)
+    """File name -> sha256."""
+    past: dict[str, str] = field(default_factory=dict)
+    """Adapter files inside the run folder that make up the past, in order -> sha256."""
+    live: bool = False
+    """Whether the live factors go on into the next stage (one adapter for all tasks)."""
+    format: int = FORMAT
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    run: Path,
+    position: Position,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    optimizer_step: int,
+    past: list[Path],
+    live: bool,
+) -> Path:
+    """Write one checkpoint, reopen it and compare its checksums.
+
+    Args:
+        run: The run folder.
+        position: Where the run stands.
+        tensors: File stem (`state`, `method`) -> tensors by name, on the CPU.
+        optimizer_step: AdamW's step count.
+        past: Adapter files of the run folder that make up the past, in order.
+        live: Whether the live factors go on into the next stage.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: What was read back is not what was written.
+
+    Collective: no (rank 0 alone).
+    """
+    root = run / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / position.folder
+    aside = root / f".{position.folder}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    files: dict[str, str] = {}
+    for stem, content in tensors.items():
+        path = aside / f"{stem}.safetensors"
+        save_file({k: v.contiguous() for k, v in content.items()}, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = digest(path)
+        _compare(path, content)
+    manifest = Manifest(
+        position=position,
+        optimizer_step=optimizer_step,
+        files=files,
+        past={str(path.relative_to(run)): digest(path) for path in past},
+        live=live,
+    )
+    write_json(aside / MANIFEST, asdict(manifest))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    sync_folder(root)
+    return target
+
+
+def _compare(path: Path, content: dict[str, torch.Tensor]) -> None:
+    """Reopen a file: same names, same shapes, same bits."""
+    read = load_file(path)
+    same = read.keys() == content.keys() and all(
+        torch.equal(read[name], value) for name, value in content.items()
+    )
+    if not same:
+        raise CheckpointError(
+            f"{path}: what was read back differs from what was written. Check the disk and its free "
+            "space; earlier checkpoints are untouched."
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or a file's checksum is wrong.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {raw['format']}, this version reads format {FORMAT}. Resume with "
+                "the version that wrote it (run.json names it)."
+            )
+        manifest = Manifest(**{**raw, "position": Position(**raw["position"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}).") from error
+    run = folder.parent.parent
+    for name, expected in manifest.files.items():
+        _check(folder / name, expected)
+    for name, expected in manifest.past.items():
+        _check(run / name, expected)
+    return manifest
+
+
+def _check(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing.")
+    if digest(path) != expected:
+        raise CheckpointError(f"{path}: its checksum is not the one recorded; it is damaged.")
+
+
+def positions(run: Path) -> list[Position]:
+    """Positions of all finished checkpoints of a run, oldest first."""
+    found = []
+    for folder in (run / "checkpoints").glob("stage-*"):
+        parts = folder.name.split("-")
+        step = int(parts[3]) if len(parts) == 4 else None
+        if (folder / MANIFEST).is_file():
+            found.append(Position(stage=int(parts[1]), step=step))
+    return sorted(found, key=lambda position: position.order)
+
+
+def newest(run: Path) -> tuple[Manifest | None, list[str]]:
+    """The newest checkpoint whose every byte is as recorded, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for position in reversed(positions(run)):
+        try:
+            return read_manifest(run / "checkpoints" / position.folder), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def load(run: Path, position: Position, stem: str) -> dict[str, torch.Tensor]:
+    """Tensors of one file of a checkpoint; empty if the checkpoint has no such file."""
+    path = run / "checkpoints" / position.folder / f"{stem}.safetensors"
+    return load_file(path) if path.is_file() else {}
+
+
+def prune_steps(run: Path, keep: int, stage_done: int | None = None) -> None:
+    """Delete old step checkpoints: all of finished stages, and all but the newest `keep`."""
+    steps = [p for p in positions(run) if p.step is not None]
+    kept = steps[-keep:] if keep else []
+    for position in steps:
+        if position not in kept or (stage_done is not None and position.stage <= stage_done):
+            shutil.rmtree(run / "checkpoints" / position.folder, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""JSON Schema of a recipe file, for completion and checks in editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from accrete.pipeline.config.fields import yaml_name
+from accrete.pipeline.config.library import group_names
+from accrete.pipeline.config.run import RunConfig
+from accrete.pipeline.config.typed import STRICT
+from accrete.pipeline.methods.registry import method_class, method_kinds
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+Schema = dict[str, Any]
+
+
+def recipe_schema() -> Schema:
+    """The schema of a recipe or group file, with the settings of all known methods.
+
+    Nothing is required at the top, because a file may extend another one. Conflicts between values
+    and the existence of names are left to `accrete plan`.
+    """
+    defs: dict[str, Schema] = {}
+    root = _section(RunConfig, defs)
+    del defs["MethodConfig"]
+    properties = root["properties"]
+    properties["extends"] = {
+        "description": "Recipes that this one starts from: names, or files relative to this one; "
+        "later ones win.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    properties["model"] = _group("model", {"$ref": "#/$defs/ModelConfig"}, [])
+    properties["method"] = _group("method", _method(defs), method_kinds())
+    task = properties["tasks"]["items"]
+    properties["tasks"]["items"] = {
+        "anyOf": [{"type": "string", "description": "Short for {name: ...}."}, task]
+    }
+    for name, schema in defs.items():
+        if name != "TaskConfig":
+            schema.pop("required", None)
+    return {
+        "$schema": DIALECT,
+        "title": "accrete recipe",
+        "description": root.get("description", ""),
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "$defs": dict(sorted(defs.items())),
+    }
+
+
+def _section(cls: type, defs: dict[str, Schema]) -> Schema:
+    """The schema of one dataclass; the sections inside it join `defs`."""
+    schema: Schema = TypeAdapter(tuple[cls], config=STRICT).json_schema()  # type: ignore[valid-type]
+    found: dict[str, Schema] = schema["$defs"]
+    own = found.pop(schema["prefixItems"][0]["$ref"].rpartition("/")[2])
+    for name, inner in found.items():
+        defs[name] = _renamed(inner)
+    return _renamed(own)
+
+
+def _renamed(schema: Schema) -> Schema:
+    """Property names as recipes spell them; titles that only repeat the name are dropped."""
+    properties = {}
+    for field, inner in schema.get("properties", {}).items():
+        properties[yaml_name(field)] = {k: v for k, v in inner.items() if k != "title"}
+    required = [yaml_name(field) for field in schema.get("required", [])]
+    kept = {k: v for k, v in schema.items() if k not in ("properties", "required", "title")}
+    return {**kept, "properties": properties, **({"required": required} if required else {})}
+
+
+def _group(key: str, mapping: Schema, more: list[str]) -> Schema:
+    names = group_names(key)
+    names += [name for name in more if name not in names]
+    text = {
+        "type": "string",
+        "description": f"A {key} group ({', '.join(names)}) or a .yaml file relative to this one.",
+        "examples": names,
+    }
+    return {"description": f"The {key}: a group's name, or its settings.", "anyOf": [text, mapping]}
+
+
+def _method(defs: dict[str, Schema]) -> Schema:
+    """Settings by `kind`; without a kind (a file that extends another) any method's are allowed."""
+    rules: list[Schema] = []
+    known: list[Schema] = []
+    for kind in method_kinds():
+        config = method_class(kind).Config
+        schema = _section(config, defs)
+        schema["properties"]["kind"] = {"const": kind, "description": "Name of the method."}
+        defs[config.__name__] = schema
+        reference = {"$ref": f"#/$defs/{config.__name__}"}
+        known.append(reference)
+        rules.append(
+            {
+                "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
+                "then": reference,
+            }
+        )
+    kinds: Schema = {
+        "anyOf": [
+            {"enum": method_kinds()},
+            {"type": "string", "pattern": r"\.py(:\w+)?$", "description": "A file of your own."},
+        ]
+    }
+    return {
+        "type": "object",
+        "properties": {"kind": kinds},
+        "allOf": [*rules, {"if": {"not": {"required": ["kind"]}}, "then": {"anyOf": known}}],
+    }

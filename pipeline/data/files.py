@@ -1,0 +1,204 @@
+"""Records of one local file, streamed, each with its file and line.
+
+Text files are read through `datasets`, line by line or as one document, and decoded here: its own
+JSON reader infers one schema per 10 MB block, fails hours into a stream when a later block differs,
+and cannot name the line (seen with datasets 5.2).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from accrete.pipeline.data.examples import Problem
+
+PACKED = (".gz", ".zst")
+LINES = (".jsonl", ".ndjson")
+ARRAYS = (".json",)
+TABLES = (".parquet", ".pq")
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One decoded row and where it stands."""
+
+    where: str
+    value: object
+
+
+def suffix(path: Path) -> str:
+    """The ending that says what a file holds, without the ending of its compression."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
+
+
+def iter_records(path: Path, field: str | None = None) -> Iterator[Record | Problem]:
+    """Stream the records of one file.
+
+    Args:
+        path: JSON lines (.jsonl, .ndjson) or JSON (.json), plain, .gz or .zst; or Parquet.
+        field: For a JSON object: its key that holds the array of rows.
+
+    Yields:
+        Records, and a `Problem` for each line or file that cannot be read.
+    """
+    if not path.is_file():
+        yield Problem(str(path), "there is no such file")
+        return
+    ending = suffix(path)
+    if ending in TABLES:
+        records = _table(path)
+    elif ending in LINES:
+        records = _lines(path)
+    elif ending in ARRAYS:
+        records = _document(path, field)
+    else:
+        allowed = ", ".join(LINES + ARRAYS + TABLES)
+        yield Problem(str(path), f"unknown kind of file; allowed: {allowed}, with .gz or .zst")
+        return
+    empty = True
+    try:
+        for record in records:
+            empty = False
+            yield record
+    except Exception as error:  # decompressors and parsers share no base class
+        yield _unreadable(path, error)
+        return
+    if empty:
+        yield Problem(str(path), "the file is empty: it has no rows")
+
+
+def read_field(path: Path, field: str) -> object:
+    """One value of the JSON object in a file; None if it has no such key.
+
+    Raises:
+        json.JSONDecodeError: The file is not JSON up to that key.
+    """
+    text = _text(path)
+    position = _find(text, field)
+    return None if position is None else json.JSONDecoder().raw_decode(text, position)[0]
+
+
+def _stream(builder: str, path: Path, **options: str) -> Iterator[dict[str, object]]:
+    import datasets
+
+    # data_files are glob patterns: a bracket in a folder name must not be one.
+    escaped = re.sub(r"([*?\[])", r"[\1]", str(path))
+    stream = datasets.load_dataset(
+        builder, data_files=[escaped], split="train", streaming=True, **options
+    )
+    yield from stream
+
+
+def _lines(path: Path) -> Iterator[Record | Problem]:
+    for number, row in enumerate(_stream("text", path, encoding="utf-8-sig"), 1):
+        line = str(row["text"])
+        if not line.strip():
+            continue
+        try:
+            yield Record(f"{path}:{number}", json.loads(line))
+        except json.JSONDecodeError as error:
+            yield Problem(f"{path}:{number}", f"bad JSON: {error.msg} at column {error.colno}")
+
+
+def _table(path: Path) -> Iterator[Record | Problem]:
+    for number, row in enumerate(_stream("parquet", path), 1):
+        yield Record(f"{path}:row {number}", row)
+
+
+def _text(path: Path) -> str:
+    rows = list(_stream("text", path, sample_by="document", encoding="utf-8-sig"))
+    return str(rows[0]["text"]) if rows else ""
+
+
+def _document(path: Path, field: str | None) -> Iterator[Record | Problem]:
+    text = _text(path)
+    start = _skip(text, 0)
+    if text[start : start + 1] == "{" and field is None:
+        yield from _lines(path)  # JSON lines under the name .json, as some tools write
+        return
+    try:
+        found = _find(text, field) if field is not None else start
+        if found is None:
+            yield Problem(f"{path}:1", f"the object has no key {field!r}")
+        elif text[found : found + 1] != "[":
+            if text.strip():
+                yield Problem(f"{path}:{_line(text, found)}", "expected an array of rows, '['")
+        else:
+            yield from _array(path, text, found)
+    except json.JSONDecodeError as error:
+        yield Problem(f"{path}:{error.lineno}", f"bad JSON: {error.msg} at column {error.colno}")
+
+
+def _array(path: Path, text: str, start: int) -> Iterator[Record]:
+    """Elements of the array at `start`, one at a time, with the line each begins on."""
+    decode = json.JSONDecoder().raw_decode
+    at, counted, line = _skip(text, start + 1), 0, 1
+    while text[at : at + 1] != "]":
+        line += text.count("\n", counted, at)
+        counted = at
+        value, at = decode(text, at)
+        yield Record(f"{path}:{line}", value)
+        at = _skip(text, at)
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+
+
+def _find(text: str, field: str) -> int | None:
+    """Position of the value of `field` in the object that `text` is."""
+    decode = json.JSONDecoder().raw_decode
+    at = _skip(text, 0)
+    if text[at : at + 1] != "{":
+        raise json.JSONDecodeError(f"Expecting an object with key {field!r}", text, at)
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != "}":
+        key, at = decode(text, at)
+        at = _skip(text, at)
+        if text[at : at + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':'", text, at)
+        at = _skip(text, at + 1)
+        if key == field:
+            return at
+        at = _skip(text, decode(text, at)[1])
+        if text[at : at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at : at + 1] != "}":
+            raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
+    return None
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _unreadable(path: Path, error: Exception) -> Problem:
+    """A reading error with its line, if there is one, and without its stack of causes."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return Problem(f"{path}:{_undecodable(path)}", f"not UTF-8 text: {cause.reason}")
+    return Problem(str(path), f"cannot be read: {type(cause).__name__}: {cause}".rstrip(": "))
+
+
+def _undecodable(path: Path) -> int:
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(str(path), "rb", compression="infer") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1

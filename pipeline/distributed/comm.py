@@ -1,0 +1,141 @@
+"""The process group: start it, and the few collectives accrete needs beside DeepSpeed's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from accrete.pipeline.errors import DistributedError
+
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def start(device: str, timeout_s: int) -> Ranks:
+    """Join the process group described by the environment and prepare DeepSpeed for it.
+
+    Must run before the first import of deepspeed: it sets the accelerator and switches off the
+    shared-memory operator, whose first use compiles for a minute and gains nothing here.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        timeout_s: Seconds after which a waiting collective fails.
+
+    Raises:
+        DistributedError: The rendezvous variables are missing, or CUDA was asked for in vain.
+
+    Collective: yes.
+    """
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
+    if missing:
+        raise DistributedError(
+            f"This process lacks {', '.join(missing)}. Start accrete with `accrete run`, torchrun or "
+            "srun, which set them; for one process by hand set RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "
+            "MASTER_ADDR=127.0.0.1 MASTER_PORT=29500."
+        )
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    target = _device(device, int(os.environ["LOCAL_RANK"]))
+    os.environ.setdefault("DS_ACCELERATOR", target.type)
+    if not dist.is_initialized():
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        )
+    return Ranks(rank, world, target)
+
+
+def _device(asked: str, local_rank: int) -> torch.device:
+    """The device of this process."""
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DistributedError(
+            "engine.device is cuda but this machine shows no CUDA GPU to PyTorch "
+            f"{torch.__version__}. Use engine.device=cpu, or install a CUDA build of torch."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(value: Any, world: int) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. Collective: yes."""
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: int) -> torch.Tensor:
+    """Sum `tensor` over ranks, in place. Collective: yes (nothing is sent for one rank)."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def row_block(rows: int, rank: int, world: int) -> slice:
+    """The rows of a [rows, ...] matrix that `rank` owns; blocks differ by one row at most."""
+    return slice(rows * rank // world, rows * (rank + 1) // world)
+
+
+def reduce_rows(matrix: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """Sum a [rows, ...] matrix over ranks and keep this rank's row block.
+
+    Args:
+        matrix: [rows, ...], contiguous, this rank's own part; overwritten.
+
+    Returns:
+        [rows of this rank, ...], a tensor of its own.
+
+    Collective: yes; every block goes to its owner once, so a rank receives 1/world of the bytes.
+    """
+    if world > 1:
+        for owner in range(world):
+            block = matrix[row_block(matrix.shape[0], owner, world)]
+            if block.numel():
+                dist.reduce(block, dst=owner)
+    return matrix[row_block(matrix.shape[0], rank, world)].clone()
+
+
+def gather_rows(block: torch.Tensor, rows: int, rank: int, world: int) -> torch.Tensor | None:
+    """Put row blocks together on rank 0.
+
+    Args:
+        block: [rows of this rank, ...].
+        rows: Rows of the whole matrix.
+
+    Returns:
+        [rows, ...] on rank 0, None elsewhere.
+
+    Collective: yes.
+    """
+    if world == 1:
+        return block.clone()
+    largest = -(-rows // world)
+    padded = block.new_zeros((largest, *block.shape[1:]))
+    padded[: block.shape[0]] = block
+    parts = [torch.empty_like(padded) for _ in range(world)] if rank == 0 else None
+    dist.gather(padded, parts, dst=0)
+    if parts is None:
+        return None
+    sizes = [row_block(rows, owner, world) for owner in range(world)]
+    return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, sizes, strict=True)])

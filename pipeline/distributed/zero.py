@@ -1,0 +1,326 @@
+"""DeepSpeed ZeRO 0 to 3, through Accelerate, driven directly so that the gap stays open.
+
+Measured behaviour this file relies on (versions in constraints.txt; tests/distributed proves it):
+`param.grad` is None in the gap at ZeRO >= 1; ZeRO 1 to 3 hold a master partition and the parameter
+itself even in fp32, and both must be written; the full-tensor setters fail on the last rank at
+ZeRO 3 when padding is needed, so the local ones are used there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings
+from accrete.pipeline.errors import DistributedError
+
+
+def deepspeed_config(
+    stage: int,
+    world: int,
+    accumulation: int,
+    micro_batch: int,
+    bucket_elements: int,
+    max_grad_norm: float | None,
+) -> dict[str, Any]:
+    """The DeepSpeed settings of a run: its own precision modes off, torch's optimizer as given."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
+            "overlap_comm": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class ZeroEngine:
+    """The `Engine` protocol on a DeepSpeed engine."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        settings: OptimizerSettings,
+        *,
+        ranks: Ranks,
+        stage: int,
+        accumulation: int,
+        micro_batch: int,
+        bucket_elements: int = 50_000_000,
+    ) -> None:
+        self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
+        self.accumulation = accumulation
+        self.stage = stage
+        self.parameters = parameters
+        self._has_moments = settings.optimizer == "adamw"
+        self._seen: dict[str, torch.Tensor] = {}
+        config = deepspeed_config(
+            stage, ranks.world, accumulation, micro_batch, bucket_elements, settings.max_grad_norm
+        )
+        self._optimizer = settings.build(list(parameters.values()))
+        self._engine = _prepare(module, self._optimizer, config)
+        self.module: nn.Module = self._engine.module
+
+    # -- the step ---------------------------------------------------------------------------
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model. Collective: at ZeRO 3."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Backward of one micro-batch. Collective: yes."""
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()
+        elif not self._engine.is_gradient_accumulation_boundary():
+            raise DistributedError("DeepSpeed and accrete disagree on where a step ends.")
+
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, move the weights, drop the gradients. Collective: yes."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self._seen.clear()
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    # -- values -----------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """At ZeRO 3, keep what each forward gathers, so that `peek` costs no traffic.
+
+        DeepSpeed's own pre-forward hook, registered earlier, has gathered the parameter by the time
+        this one runs.
+        """
+        if self.stage < 3:
+            return
+        owners: dict[nn.Module, list[str]] = {}
+        by_id = {id(p): name for name, p in self.parameters.items()}
+        for owner in self.module.modules():
+            for parameter in owner.parameters(recurse=False):
+                if id(parameter) in by_id:
+                    owners.setdefault(owner, []).append(by_id[id(parameter)])
+        for owner, names in owners.items():
+            owner.register_forward_pre_hook(self._remember(names))
+
+    def _remember(self, names: list[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            for name in names:
+                self._seen[name] = self.parameters[name].detach().clone()
+
+        return hook
+
+    def peek(self, name: str) -> torch.Tensor:
+        """A parameter as the last forward used it. Collective: no."""
+        if self.stage < 3:
+            return self.parameters[name].detach()
+        if name not in self._seen:
+            raise DistributedError(
+                f"{name} was not used by a forward since `watch` or the last step."
+            )
+        return self._seen[name]
+
+    def value(self, name: str) -> torch.Tensor:
+        """The master value, whole. Collective: yes (at ZeRO 3)."""
+        parameter = self.parameters[name]
+        if self.stage < 3:
+            return parameter.detach().clone()
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return self._whole(parameter, safe_get_local_fp32_param(parameter))
+
+    def write(self, name: str, value: torch.Tensor) -> None:
+        """Set master and copy. Collective: no."""
+        parameter = self.parameters[name]
+        if self.stage == 3:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            chunk = self._chunk(parameter, value)
+            safe_set_local_fp32_param(parameter, chunk)
+            parameter.ds_tensor.data.copy_(chunk)
+            if parameter.numel() == parameter.ds_numel:  # small parameters stay gathered
+                parameter.data.copy_(value.view(parameter.ds_shape))
+            return
+        if self.stage in (1, 2):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+
+    # -- gradients in the gap ---------------------------------------------------------------
+
+    def gradient(self, name: str) -> torch.Tensor:
+        """The reduced gradient, whole. Collective: yes."""
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self.parameters[name]
+        gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            raise DistributedError(f"{name} has no gradient; read it between backward and step.")
+        return torch.as_tensor(gradient).clone().view(self._shape(parameter))
+
+    def write_gradient(self, name: str, value: torch.Tensor) -> None:
+        """Replace the reduced gradient. Collective: no."""
+        parameter = self.parameters[name]
+        if self.stage == 3:
+            from deepspeed.utils import safe_set_local_grad
+
+            safe_set_local_grad(parameter, self._chunk(parameter, value))
+            return
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(parameter, value)
+
+    # -- optimizer state --------------------------------------------------------------------
+
+    def moment(self, name: str, key: str) -> torch.Tensor:
+        """One moment, whole; zeros before the first step. Collective: yes (at ZeRO >= 1)."""
+        parameter = self.parameters[name]
+        if not self._has_moments or not self._inner_states():
+            return torch.zeros(self._shape(parameter), device=self.device)
+        if self.stage == 0:
+            state: dict[str, torch.Tensor] = self._optimizer.state[parameter]
+            return state[key].clone()
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_optimizer_state
+
+            return self._whole(parameter, safe_get_local_optimizer_state(parameter, key))
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return torch.as_tensor(safe_get_full_optimizer_state(parameter, key)).clone()
+
+    def write_moment(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Set one moment. Collective: no."""
+        if not self._has_moments:
+            return
+        self._ensure_moments()
+        parameter = self.parameters[name]
+        if self.stage == 0:
+            self._optimizer.state[parameter][key].copy_(value)
+        elif self.stage == 3:
+            from deepspeed.utils import safe_set_local_optimizer_state
+
+            safe_set_local_optimizer_state(parameter, self._chunk(parameter, value), key)
+        else:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    @property
+    def optimizer_step(self) -> int:
+        """Steps counted since the last reset."""
+        return max((int(s["step"]) for s in self._inner_states() if "step" in s), default=0)
+
+    def write_optimizer_step(self, step: int) -> None:
+        """Set the step count."""
+        if self._has_moments:
+            self._ensure_moments()
+            for state in self._inner_states():
+                state["step"].fill_(step)
+
+    def reset_optimizer(self) -> None:
+        """Zero all state in place: the tensors stay bound to DeepSpeed's partitions."""
+        for state in self._inner_states():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+    def _inner_states(self) -> list[dict[str, Any]]:
+        return [state for state in self._optimizer.state.values() if state]
+
+    def _ensure_moments(self) -> None:
+        """Create AdamW's state, which does not exist before the first step."""
+        if self._inner_states():
+            return
+        if self.stage == 3:
+            tensors = list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        else:
+            tensors = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for tensor in tensors:
+            state = self._optimizer.state[tensor]
+            state["step"] = torch.tensor(0.0)
+            state.update({key: torch.zeros_like(tensor) for key in MOMENTS})
+        if self.stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    # -- shards -----------------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+        """Frozen parameters whole inside the context. Collective: yes (at ZeRO 3)."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=0 if write else None
+        ):
+            yield
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
+        return shape
+
+    def _chunk(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor, zero-padded as DeepSpeed partitions it."""
+        size = int(parameter.ds_tensor.numel())
+        flat = value.new_zeros(size * self.world)
+        flat[: value.numel()] = value.flatten()
+        return flat[self.rank * size : (self.rank + 1) * size].to(self.device)
+
+    def _whole(self, parameter: nn.Parameter, chunk: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_chunk`. Collective: yes."""
+        local = chunk.detach().contiguous().view(-1)
+        parts = [torch.empty_like(local) for _ in range(self.world)]
+        if self.world > 1:
+            dist.all_gather(parts, local)
+        else:
+            parts = [local]
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape).clone()
+
+    def close(self) -> None:
+        """Free the engine (at ZeRO 3 DeepSpeed keeps a reference to the model)."""
+        self._engine.destroy()
+
+
+def _prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """Let Accelerate build the DeepSpeed engine, and make sure that it really is one."""
+    # Any sign of a CPU run makes Accelerate hand back the bare module without a word.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    import deepspeed
+    import deepspeed.ops
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin
+
+    # Its first use compiles for a minute and needs a compiler; gloo and NCCL do without it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin,
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+    )
+    engine, _ = accelerator.prepare(module, optimizer)
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise DistributedError(
+            f"Accelerate returned a {type(engine).__name__}, not a DeepSpeed engine. Unset "
+            "ACCELERATE_* variables in the environment, or use engine.kind=plain."
+        )
+    return engine

@@ -1,0 +1,110 @@
+"""Load a Hugging Face encoder-decoder or decoder as a frozen base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from accrete.pipeline.errors import ModelError
+from accrete.pipeline.models.config import ModelConfig
+
+DROPOUTS = ("dropout_rate", "dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What collating and scoring need to know about a model."""
+
+    seq2seq: bool
+    pad_id: int
+    eos_id: int
+    decoder_start_id: int | None
+
+
+def read_facts(path: str | Path, tokenizer: Any) -> ModelFacts:
+    """Read `ModelFacts` from a model folder's configuration and its tokenizer.
+
+    Raises:
+        ModelError: The tokenizer has no end token, or the encoder-decoder no start token.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError(
+            f"The tokenizer of {path} has no end-of-sequence token; accrete needs one."
+        )
+    pad = tokenizer.pad_token_id
+    seq2seq = bool(config.is_encoder_decoder)
+    start = getattr(config, "decoder_start_token_id", None) if seq2seq else None
+    if seq2seq and start is None:
+        raise ModelError(f"{path}/config.json has no decoder_start_token_id; add it.")
+    return ModelFacts(seq2seq, int(eos if pad is None else pad), int(eos), start)
+
+
+def base_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision of the frozen base: bf16 on a GPU and fp32 on a CPU unless the recipe says."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn.Module:
+    """Load the base model, frozen, on the CPU; the engine moves it.
+
+    Args:
+        path: Model folder or hub id, as `materialize` returned it.
+        config: Precision, attention, dropout, gradient checkpointing.
+        device: Where it will run (decides `dtype: auto`).
+
+    Raises:
+        ModelError: The folder or the architecture cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    try:
+        settings = AutoConfig.from_pretrained(path, revision=config.revision)
+        for name in DROPOUTS:
+            if isinstance(getattr(settings, name, None), (int, float)):
+                setattr(settings, name, config.dropout)
+        family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+        attention = config.attention if _has_sdpa(settings) else "eager"
+        model = family.from_pretrained(
+            path,
+            config=settings,
+            revision=config.revision,
+            dtype=base_dtype(config, device),
+            attn_implementation=attention,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} could not be loaded: {error}") from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    _silence_generation_defaults(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module: nn.Module = model
+    return module
+
+
+def _has_sdpa(settings: Any) -> bool:
+    """Whether transformers offers scaled-dot-product attention for this architecture."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    families = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    cls = families._model_mapping.get(type(settings), None)
+    return bool(getattr(cls, "_supports_sdpa", False))
+
+
+def _silence_generation_defaults(model: Any) -> None:
+    """Make `generate` greedy: a checkpoint's sampling defaults must not reach the scores."""
+    settings = model.generation_config
+    settings.do_sample = False
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "min_new_tokens"):
+        if hasattr(settings, name):
+            setattr(settings, name, None)

@@ -1,0 +1,169 @@
+"""Attach peft's LoRA and name its factors.
+
+Shapes: a layer's W is [d_out, d_in], A is [r, d_in], B is [d_out, r] and delta W = s B A with
+s = alpha / rank (specs of peft; A and B are swapped in some papers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from accrete.pipeline.errors import ModelError
+from accrete.pipeline.models.config import AdapterConfig
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Layer name -> (A [r, d_in], B [d_out, r])."""
+
+ADAPTER = "default"
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+QV_NAMES = (("q", "v"), ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",))
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One linear layer with its LoRA branch."""
+
+    name: str
+    module: Any
+    scale: float
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen W [d_out, d_in]."""
+        weight: nn.Parameter = self.module.base_layer.weight
+        return weight
+
+    @property
+    def a(self) -> str:
+        """Parameter name of A."""
+        return f"{self.name}.lora_A"
+
+    @property
+    def b(self) -> str:
+        """Parameter name of B."""
+        return f"{self.name}.lora_B"
+
+
+class AdaptedModel:
+    """A frozen base with one live LoRA adapter."""
+
+    def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        targets = _targets(base, config)
+        self.peft_config = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
+        )
+        try:
+            self.module: nn.Module = get_peft_model(base, self.peft_config)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ModelError(
+                f"adapter.targets {config.targets!r} fits no layer of {type(base).__name__}: {error}"
+            ) from error
+        self.base = base
+        self.layers = _find_layers(self.module)
+
+    def parameters(self, a: bool = True, b: bool = True) -> dict[str, nn.Parameter]:
+        """The trainable factors by name; factors left out are frozen."""
+        chosen: dict[str, nn.Parameter] = {}
+        for layer in self.layers.values():
+            for name, parameter, wanted in (
+                (layer.a, layer.module.lora_A[ADAPTER].weight, a),
+                (layer.b, layer.module.lora_B[ADAPTER].weight, b),
+            ):
+                parameter.requires_grad_(wanted)
+                if wanted:
+                    chosen[name] = parameter
+        return chosen
+
+
+def _targets(base: nn.Module, config: AdapterConfig) -> str | list[str]:
+    if isinstance(config.targets, list):
+        return config.targets
+    if config.targets == "all_linear":
+        return "all-linear"
+    if config.targets != "qv":
+        return [config.targets]
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+    for names in QV_NAMES:
+        if leaves.issuperset(names):
+            return list(names)
+    raise ModelError(
+        f"adapter.targets=qv: {type(base).__name__} has no query and value projections that accrete "
+        f"knows. Name the layers: adapter.targets=[...], from {', '.join(sorted(leaves)[:40])}."
+    )
+
+
+def _find_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, AdaptedLayer] = {}
+    for name, candidate in module.named_modules():
+        if isinstance(candidate, LoraLayer):
+            short = name.removeprefix(PREFIX)
+            if not isinstance(candidate.base_layer, nn.Linear):
+                raise ModelError(f"Layer {short} is no nn.Linear; leave it out of adapter.targets.")
+            layers[short] = AdaptedLayer(short, candidate, float(candidate.scaling[ADAPTER]))
+    return layers
+
+
+def initial_factors(adapted: AdaptedModel, seed: int, stage: int) -> Factors:
+    """Fresh factors of one stage: A uniform on +-1/sqrt(d_in), B zero.
+
+    A layer's values depend on seed, stage and its name alone: not on ranks, device or sharding.
+
+    Source: Kaiming-uniform with a = sqrt(5), as peft and the LoRA paper's code initialise A.
+    """
+    factors: Factors = {}
+    for name, layer in adapted.layers.items():
+        digest = hashlib.sha256(f"{seed}/{stage}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        linear = layer.module.base_layer
+        rank = layer.module.r[ADAPTER]
+        bound = 1.0 / math.sqrt(linear.in_features)
+        a = (torch.rand(rank, linear.in_features, generator=generator) * 2 - 1) * bound
+        factors[name] = (a, torch.zeros(linear.out_features, rank))
+    return factors
+
+
+def save_adapter(adapted: AdaptedModel, factors: Factors, model_path: str, folder: Path) -> None:
+    """Write a peft folder (fp32) that `PeftModel.from_pretrained` loads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (a, b) in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.float().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.float().cpu().contiguous()
+    config = adapted.peft_config
+    config.base_model_name_or_path = model_path
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    training = config.inference_mode
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+
+
+def load_factors(folder: Path) -> Factors:
+    """Read the factors of a peft folder written by `save_adapter`."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER_FILE)
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    return {
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"])
+        for name in sorted(names)
+    }

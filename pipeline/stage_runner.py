@@ -1,0 +1,286 @@
+"""Task by task: begin, train, consolidate, checkpoint, score all tasks so far, record."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from accrete.pipeline import checkpoint
+from accrete.pipeline.checkpoint import Position
+from accrete.pipeline.distributed import comm
+from accrete.pipeline.distributed.engine import MOMENTS
+from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.models.lora import (
+    ADAPTER_FILE,
+    initial_factors,
+    load_factors,
+    save_adapter,
+)
+from accrete.pipeline.records import Event
+from accrete.pipeline.stage import Stage
+from accrete.pipeline.train_task import train_task
+from accrete.pipeline.view import LiveModel
+
+if TYPE_CHECKING:
+    from accrete.pipeline.config.run import RunConfig
+    from accrete.pipeline.data.prepare import TaskHandle
+    from accrete.pipeline.scoring import TaskScore
+
+
+class StageRunner:
+    """Runs a sequence from where its folder stands to its end. Collective: every method."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.engine = parts.engine
+        self.chief = parts.engine.rank == 0
+        self._past: list[Path] = []
+        self.carried = False
+        """Whether the live factors hold something that goes on."""
+        self.opened = -1
+        """The stage that `open_stage` put in place."""
+        parts.method.bind(self.engine.rank, self.engine.world, self.engine.device)
+        self._view = LiveModel(
+            self.engine,
+            parts.facts,
+            synced=self.config.engine.kind == "deepspeed" and self.config.engine.zero_stage == 3,
+        )
+        self.book = Scorebook(parts, self._view)
+
+    def run(self) -> Scores:
+        """Go from the newest checkpoint, or from the start, to the last task's scores."""
+        began = time.perf_counter()
+        position = self._restore()
+        if position is None:
+            self.parts.method.on_sequence_start(self._stage(0))
+            self.book.score_untrained()
+        first = 0 if position is None else position.stage
+        for index in range(first, len(self.parts.tasks)):
+            here = position if position is not None and position.stage == index else None
+            if here is None or here.step is not None:
+                self._learn(index, here)
+            self.book.score_stage(index)
+            position = None
+        seconds = time.perf_counter() - began
+        self.parts.recorder.emit(Event.RUN_FINISHED, **self.book.finish(), seconds=seconds)
+        return self.book.scores
+
+    # -- one stage ----------------------------------------------------------------------------
+
+    def _stage(self, index: int) -> Stage:
+        task = self.parts.tasks[index]
+        rows = self.parts.open_rows(task, index)
+        stage = Stage(
+            index=index,
+            tasks=[task],
+            config=self.config,
+            engine=self.engine,
+            adapted=self.parts.adapted,
+            past=self.parts.past,
+            facts=self.parts.facts,
+            collator=self.parts.collator,
+            rows=rows,
+            steps=0,
+        )
+        stage.rows = self.parts.method.wrap_data(stage, rows)
+        stage.steps = planned_steps(self.config, index, stage.rows.steps_per_epoch)
+        return stage
+
+    def _learn(self, index: int, position: Position | None) -> None:
+        """Train stage `index`, let its factors join the past, save."""
+        method, recorder = self.parts.method, self.parts.recorder
+        began = time.perf_counter()
+        stage = self._stage(index)
+        if position is None:
+            recorder.emit(
+                Event.STAGE_STARTED,
+                stage=index,
+                task=stage.name,
+                steps=stage.steps,
+                rows=stage.rows.num_rows,
+            )
+        if method.fresh_adapter or not self.carried:
+            stage.write_factors(initial_factors(self.parts.adapted, self.config.seed, index))
+        self.engine.reset_optimizer()
+        method.on_task_start(stage)
+        start = 0
+        if position is not None and position.step is not None:
+            self._load_live(stage, position)
+            start = position.step
+        train_task(
+            stage, method, recorder, start=start, after_step=lambda step: self._saved(stage, step)
+        )
+        trained = time.perf_counter() - began
+        self._finish(stage)
+        recorder.emit(
+            Event.CONSOLIDATED,
+            stage=index,
+            task=stage.name,
+            train_seconds=trained,
+            seconds=time.perf_counter() - began - trained,
+            state_bytes=method.state_bytes(),
+            **stage.notes,
+        )
+
+    def _finish(self, stage: Stage) -> None:
+        """From trained factors to the checkpoint of a finished stage."""
+        method, run = self.parts.method, self.parts.run
+        factors = stage.factors()
+        if self.chief:
+            folder = run.stage(stage.index).adapter
+            save_adapter(self.parts.adapted, factors, self.parts.model_path, folder)
+        method.on_task_end(stage)
+        self.carried = not method.fresh_adapter
+        if method.fresh_adapter:
+            self._past.append(run.stage(stage.index).adapter / ADAPTER_FILE)
+            error = self.parts.past.add(factors)
+            stage.notes["fold_error"] = error
+            fresh = initial_factors(self.parts.adapted, self.config.seed, stage.index + 1)
+            stage.write_factors(fresh)
+        self.engine.reset_optimizer()
+        method.after_consolidation(stage)
+        self._save(stage, Position(stage=stage.index))
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def _saved(self, stage: Stage, step: int) -> None:
+        every = self.config.checkpoint.every_steps
+        if every is not None and step % every == 0 and step < stage.steps:
+            self._save(stage, Position(stage=stage.index, step=step))
+
+    def _save(self, stage: Stage, position: Position) -> None:
+        """Write a checkpoint of the live state. Collective: yes."""
+        began = time.perf_counter()
+        state = {f"factor/{name}": value for name, value in self._live(stage).items()}
+        if position.step is not None:
+            for name in self.engine.parameters:
+                for key in MOMENTS:
+                    state[f"{key}/{name}"] = self.engine.moment(name, key).cpu()
+        tensors = {"state": state}
+        if position.step is None:
+            tensors["method"] = self.parts.method.state_dict()
+        if self.chief:
+            run = self.parts.run
+            path = checkpoint.save(
+                run.path,
+                position,
+                tensors,
+                self.engine.optimizer_step,
+                self._past,
+                live=self.carried and position.step is None,
+            )
+            checkpoint.prune_steps(
+                run.path,
+                self.config.checkpoint.keep,
+                stage.index if position.step is None else None,
+            )
+            self.parts.recorder.emit(
+                Event.CHECKPOINT,
+                stage=position.stage,
+                step=position.step,
+                path=str(path.relative_to(run.path)),
+                bytes=sum(file.stat().st_size for file in path.iterdir()),
+                seconds=time.perf_counter() - began,
+            )
+        self._barrier()
+
+    def _live(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """Trained parameters and live factors, whole, on the CPU. Collective: yes."""
+        live = {name: self.engine.value(name).cpu() for name in self.engine.parameters}
+        for layer in self.parts.adapted.layers.values():
+            for name in (layer.a, layer.b):
+                if name not in live:
+                    live[name] = stage.read(name).cpu()
+        return live
+
+    def _load_live(self, stage: Stage, position: Position) -> None:
+        """Put a checkpoint's parameters and moments back. Collective: yes."""
+        manifest = checkpoint.read_manifest(self.parts.run.checkpoints / position.folder)
+        for key, value in checkpoint.load(self.parts.run.path, position, "state").items():
+            kind, _, name = key.partition("/")
+            if kind == "factor":
+                stage.write(name, value)
+            else:
+                self.engine.write_moment(name, kind, value.to(self.engine.device))
+        if position.step is not None:
+            self.engine.write_optimizer_step(manifest.optimizer_step)
+
+    def _restore(self) -> Position | None:
+        """Bring back what the newest sound checkpoint says; None: start from the beginning."""
+        run, method = self.parts.run, self.parts.method
+        found, problems = checkpoint.newest(run.path)
+        found, problems = comm.gather((found, problems), self.engine.world)[0]
+        for problem in problems:
+            self.parts.recorder.emit(Event.WARNING, message=f"checkpoint passed over: {problem}")
+        if found is None:
+            if problems:
+                raise CheckpointError(
+                    f"{run.checkpoints}: no sound checkpoint is left:\n  " + "\n  ".join(problems)
+                )
+            return None
+        position: Position = found.position
+        done = position.stage + 1 if position.step is None else position.stage
+        self._load_past(found)
+        if done:
+            self._load_boundary(done - 1)
+        self.book.read(done)
+        self.parts.recorder.emit(
+            Event.RESUMED,
+            stage=position.stage,
+            step=position.step,
+            checkpoint=position.folder,
+            world=self.engine.world,
+        )
+        return position
+
+    def open_stage(self, index: int) -> None:
+        """Put the model as it stood after stage `index`, for scoring or export. Collective: yes.
+
+        Raises:
+            CheckpointError: That stage is not finished, or its checkpoint is damaged.
+        """
+        folder = self.parts.run.checkpoints / Position(stage=index).folder
+        self._load_past(checkpoint.read_manifest(folder))
+        self._load_boundary(index)
+        self.opened = index
+
+    def evaluate(self, tasks: list[TaskHandle]) -> list[TaskScore]:
+        """Score tasks on the model as it stands, without recording. Collective: yes."""
+        return self.parts.evaluator(self._view, tasks)
+
+    def _load_past(self, manifest: checkpoint.Manifest) -> None:
+        for name in manifest.past:
+            self._past.append(self.parts.run.path / name)
+            self.parts.past.add(load_factors(self._past[-1].parent))
+
+    def _load_boundary(self, index: int) -> None:
+        """The method's state after stage `index`, and the live factors if they go on."""
+        run, method = self.parts.run, self.parts.method
+        boundary = Position(stage=index)
+        manifest = checkpoint.read_manifest(run.checkpoints / boundary.folder)
+        method.load_state_dict(checkpoint.load(run.path, boundary, "method"))
+        self.carried = manifest.live
+        if manifest.live:
+            self._load_live(self._stage(index), boundary)
+
+    def _barrier(self) -> None:
+        """No rank runs ahead of rank 0's writing."""
+        if self.engine.world > 1:
+            dist.barrier()
+
+
+def planned_steps(config: RunConfig, index: int, steps_per_epoch: int) -> int:
+    """Optimizer steps of the task at `index`: its own limit, the recipe's, or its epochs."""
+    task = config.tasks[index]
+    if task.max_steps is not None:
+        return task.max_steps
+    if task.epochs is None and config.train.max_steps is not None:
+        return config.train.max_steps
+    epochs = task.epochs if task.epochs is not None else config.train.epochs
+    return max(1, math.ceil(epochs * steps_per_epoch))

@@ -1,0 +1,98 @@
+"""The command line before any work begins: quick, light, complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from accrete.launch.completion import complete_recipe, complete_run
+
+ACCRETE = Path(sys.executable).with_name("accrete")
+COMMANDS = ("run", "resume", "plan", "report", "compare")
+HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "deepspeed", "numpy", "jinja2"}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Top-level modules in memory when the command line has answered."""
+    code = (
+        "import sys, json, atexit\n"
+        "atexit.register(lambda: print('\\n' + json.dumps(sorted({m.partition('.')[0] "
+        "for m in sys.modules})), file=sys.stderr))\n"
+        "from accrete.launch.cli import main\n"
+        f"sys.argv = {['accrete', *arguments]!r}\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "Usage:" in done.stdout
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), *((name, "--help") for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    assert not imported_by(*arguments) & HEAVY
+
+
+def test_the_check_above_sees_imports() -> None:
+    assert {"typer", "accrete", "json"} <= imported_by("--help")
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([ACCRETE, "--help"], check=True, capture_output=True, timeout=60)
+        return time.perf_counter() - began
+
+    seconds()  # the first one may compile bytecode
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_help_names_every_command() -> None:
+    done = subprocess.run([ACCRETE, "--help"], check=True, capture_output=True, text=True)
+    for name in COMMANDS:
+        assert f" {name} " in done.stdout
+
+
+def test_version() -> None:
+    done = subprocess.run([ACCRETE, "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("accrete 0.")
+
+
+def test_completion_script_for_the_shell() -> None:
+    environment = {**os.environ, "_ACCRETE_COMPLETE": "complete_bash"}
+    environment.update(COMP_WORDS="accrete re", COMP_CWORD="1")
+    done = subprocess.run([ACCRETE], capture_output=True, text=True, env=environment, check=True)
+    assert {"resume", "report"} <= set(done.stdout.split())
+
+
+def test_recipes_and_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "more").mkdir()
+    monkeypatch.setattr(
+        "accrete.pipeline.config.library.recipe_names",
+        lambda: ["quickstart", "standard_cl/order1"],
+    )
+    assert complete_recipe("") == ["quickstart", "standard_cl/order1", "mine.yaml", "more/"]
+    assert complete_recipe("st") == ["standard_cl/order1"]
+    assert complete_recipe("mi") == ["mine.yaml"]
+    assert complete_recipe("nowhere/x") == []
+
+
+def test_run_folders_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "run.json").touch()
+    assert complete_run("ru") == ["runs/"]
+    assert "runs/one" in complete_run("runs/")
+    assert "runs/two" not in complete_run("runs/")
+    assert complete_run(f"{tmp_path}/ru") == [f"{tmp_path}/runs/"]

@@ -1,0 +1,295 @@
+"""What a rank does in each kind of case. Every function runs on every rank."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accrete.pipeline import checkpoint
+from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
+from accrete.pipeline.models.lora import initial_factors, load_factors
+from accrete.pipeline.stage_runner import StageRunner
+from accrete.pipeline.train_task import train_task
+from toys import make_parts
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "run" / "events.jsonl").read_text().splitlines()
+    return [e["loss"] for e in map(json.loads, lines) if e["event"] == "step"]
+
+
+def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Two tasks through the stage runner: losses, the factors of both stages, the method's state."""
+    parts = make_parts(ranks, folder, **params)
+    StageRunner(parts).run()
+    parts.recorder.close()
+    result: dict[str, Any] = {"bytes": parts.method.state_bytes()}
+    result.update({f"state/{k}": v for k, v in parts.method.state_dict().items()})
+    if ranks.rank == 0:
+        result["losses"] = losses(folder)
+        for stage in (0, 1):
+            for name, (a, b) in load_factors(parts.run.stage(stage).adapter).items():
+                result[f"{stage}/{name}/A"], result[f"{stage}/{name}/B"] = a, b
+    return result
+
+
+def zero_in_gap(ranks: Any, folder: Path, how: str, **params: Any) -> dict[str, Any]:
+    """Train one task while something sets gradients to zero; how far did any weight move?"""
+    parts = make_parts(ranks, folder, train={"weight_decay": 0.0}, **params)
+    runner = StageRunner(parts)
+    stage = runner._stage(0)
+    stage.write_factors(
+        {
+            name: (a, torch.full_like(b, 0.02))
+            for name, (a, b) in initial_factors(parts.adapted, 0, 0).items()
+        }
+    )
+    start = {name: parts.engine.value(name) for name in parts.engine.parameters}
+    if how == "hook":
+        for parameter in parts.engine.parameters.values():
+            parameter.register_hook(torch.zeros_like)
+    if how == "gap":
+
+        def edit(stage: Any) -> None:
+            for name in parts.engine.parameters:
+                gradient = parts.engine.gradient(name)
+                parts.engine.write_gradient(name, torch.zeros_like(gradient))
+
+        parts.method.after_backward = edit  # type: ignore[method-assign]
+    if how == "grad_attribute":  # the way that silently does nothing
+
+        def edit_grad(stage: Any) -> None:
+            for parameter in parts.engine.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+
+        parts.method.after_backward = edit_grad  # type: ignore[method-assign]
+    train_task(stage, parts.method, parts.recorder)
+    moved = max(
+        float((parts.engine.value(name) - value).abs().max()) for name, value in start.items()
+    )
+    return {"moved": moved, "steps": stage.steps}
+
+
+COLLECTIVES = (
+    "allreduce",
+    "allreduce_coalesced",
+    "allgather",
+    "_allgather_base",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "reduce",
+    "broadcast",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "barrier",
+)
+
+
+def count_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, list | tuple):
+        return sum(count_bytes(item) for item in value)
+    return 0
+
+
+@contextmanager
+def counted() -> Any:
+    """Count calls and bytes where every collective of torch and DeepSpeed ends: the process group."""
+    counts: Counter[str] = Counter()
+    group = dist.ProcessGroup
+    originals = {name: getattr(group, name) for name in COLLECTIVES if hasattr(group, name)}
+
+    def wrap(name: str, original: Any) -> Any:
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            counts[f"{name} calls"] += 1
+            counts[f"{name} bytes"] += count_bytes(arguments)
+            return original(self, *arguments, **named)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(group, name, wrap(name, original))
+    try:
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(group, name, original)
+
+
+def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Collectives of the second task's training steps."""
+    parts = make_parts(ranks, folder, **params)
+    runner = StageRunner(parts)
+    runner._learn(0, None)
+    stage = runner._stage(1)
+    if parts.method.fresh_adapter:
+        stage.write_factors(initial_factors(parts.adapted, 3, 1))
+    parts.engine.reset_optimizer()
+    parts.method.on_task_start(stage)
+    with counted() as counts:
+        train_task(stage, parts.method, parts.recorder)
+    return {"counts": dict(counts)}
+
+
+def fisher(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """The Fisher of the first task at fixed factors; whole, and the size of this rank's part."""
+    parts = make_parts(ranks, folder, method="ewc_lora", **params)
+    runner = StageRunner(parts)
+    stage = runner._stage(0)
+    generator = torch.Generator().manual_seed(0)
+    stage.write_factors(
+        {
+            name: (a, 0.1 * torch.randn(b.shape, generator=generator))
+            for name, (a, b) in initial_factors(parts.adapted, 0, 0).items()
+        }
+    )
+    before = {name: parts.engine.value(name) for name in parts.engine.parameters}
+    parts.method.on_task_start(stage)
+    parts.method.on_task_end(stage)
+    unchanged = all(torch.equal(parts.engine.value(k), v) for k, v in before.items())
+    whole = sum(
+        layer.module.base_layer.in_features * layer.module.base_layer.out_features * 4
+        for layer in parts.adapted.layers.values()
+    )
+    gradients = [p.grad for p in parts.adapted.module.parameters() if p.grad is not None]
+    return {
+        **parts.method.state_dict(),
+        "bytes": parts.method.state_bytes(),
+        "whole_bytes": whole,
+        "unchanged": unchanged,
+        "stray_gradients": len(gradients),
+    }
+
+
+def reset(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """A second task on an engine reset in place, and on an engine made for it."""
+    outcome: dict[str, Any] = {}
+    for name in ("reset", "fresh"):
+        parts = make_parts(ranks, folder / name, **params)
+        runner = StageRunner(parts)
+        if name == "reset":
+            train_task(runner._stage(0), parts.method, parts.recorder)
+        stage = runner._stage(1)
+        stage.write_factors(initial_factors(parts.adapted, 3, 1))
+        parts.engine.reset_optimizer()
+        step = parts.engine.optimizer_step
+        train_task(stage, parts.method, parts.recorder)
+        outcome[f"{name}/step"] = step
+        outcome.update({f"{name}/{k}": parts.engine.value(k) for k in parts.engine.parameters})
+    return outcome
+
+
+def resume(
+    ranks: Any, folder: Path, source: str | None, cut: int | None, **params: Any
+) -> dict[str, Any]:
+    """Run with step checkpoints; with `source`, go on from that run's checkpoint at `cut` steps."""
+    import shutil
+
+    if source is not None:
+        start = folder.parent / source / "run"
+        if ranks.rank == 0:
+            shutil.copytree(start, folder / "run")
+            for position in checkpoint.positions(folder / "run"):
+                if position.order > (1, cut):
+                    shutil.rmtree(folder / "run" / "checkpoints" / position.folder)
+            for name in ("events.jsonl", "stages/1"):
+                path = folder / "run" / name
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        if ranks.world > 1:
+            dist.barrier()
+    return sequence(ranks, folder, **params)
+
+
+def scoring(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Greedy exact match by one teacher-forced pass and by `generate`, row by row."""
+    from accrete.pipeline.data.encode import EncodedRow
+    from accrete.pipeline.view import LiveModel
+    from toys import ToyRows
+
+    rows = ToyRows(5, 12, 4).all
+    parts = make_parts(ranks, folder, learned=rows, **params)
+    view = LiveModel(parts.engine, parts.facts, synced=params["zero"] == 3)
+    # The model knows these rows by heart; every third gets another answer, so that there are
+    # hits and misses.
+    golds = [
+        EncodedRow(
+            id=row.id,
+            prompt=row.prompt,
+            index=row.index,
+            answer=[7, *row.answer] if i % 3 == 0 else row.answer,
+        )
+        for i, row in enumerate(rows)
+    ]
+    texts = [view.generate(parts.collator.prompts([row]), 8)[0] for row in golds]
+    batch = parts.collator.train(golds, len(golds)).to(parts.engine.device)
+    guess = view.logits(batch).argmax(-1)
+    hit = ((guess == batch.labels) | (batch.labels == -100)).all(1).tolist()
+    together = view.generate(parts.collator.prompts(golds), 8)
+    same = [text == gold.answer[:-1] for text, gold in zip(together, golds, strict=True)]
+    return {"forward": hit, "generate": same, "alone": texts, "together": together}
+
+
+def consolidation(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Logits before and after the factors join the past."""
+    parts = make_parts(ranks, folder, **params)
+    runner = StageRunner(parts)
+    result: dict[str, Any] = {}
+    for index in (0, 1):
+        stage = runner._stage(index)
+        generator = torch.Generator().manual_seed(index)
+        stage.write_factors(
+            {
+                name: (a, 0.1 * torch.randn(b.shape, generator=generator))
+                for name, (a, b) in initial_factors(parts.adapted, 0, index).items()
+            }
+        )
+        batch = parts.collator.train(stage.rows.all[:6], 6)
+        view = runner._view
+        result[f"{index}/before"] = view.logits(batch)
+        error = parts.past.add(stage.factors())
+        result[f"{index}/error"] = error
+        stage.write_factors(initial_factors(parts.adapted, 0, index + 1))
+        result[f"{index}/after"] = view.logits(batch)
+    return result
+
+
+def rows(ranks: Any, folder: Path, count: int) -> dict[str, Any]:
+    """Row blocks: reduce to owners, gather on rank 0."""
+    own = torch.arange(count * 3, dtype=torch.float32).view(count, 3) * (ranks.rank + 1)
+    block = reduce_rows(own.clone(), ranks.rank, ranks.world)
+    whole = gather_rows(block, count, ranks.rank, ranks.world)
+    part = row_block(count, ranks.rank, ranks.world)
+    result: dict[str, Any] = {"start": part.start, "stop": part.stop, "block": block}
+    if whole is not None:
+        result["whole"] = whole
+    return result
+
+
+CASES = {
+    function.__name__: function
+    for function in (
+        sequence,
+        zero_in_gap,
+        traffic,
+        fisher,
+        reset,
+        resume,
+        scoring,
+        consolidation,
+        rows,
+    )
+}

@@ -1,0 +1,268 @@
+"""Which cases each world size runs."""
+
+from __future__ import annotations
+
+from harness import Case
+
+MODELS = ("t5", "llama")
+STAGES = (0, 1, 2, 3)
+STRENGTH = 3.0e2
+METHODS = {
+    "sequential": {"method": "sequential"},
+    "ewc_lora": {"method": "ewc_lora", "settings": {"lambda_": STRENGTH}},
+}
+BATCH = 8
+
+
+def micro(world: int, accumulation: int) -> int:
+    return BATCH // world // accumulation
+
+
+def equivalence(world: int) -> list[Case]:
+    return [
+        Case(
+            f"{method}-{model}-zero{zero}-acc{accumulation}",
+            "sequence",
+            {
+                "model": model,
+                "zero": zero,
+                "micro": micro(world, accumulation),
+                **METHODS[method],
+            },
+        )
+        for method in METHODS
+        for model in MODELS
+        for zero in STAGES
+        for accumulation in (1, 2)
+    ]
+
+
+def plain(name: str, kind: str = "sequence", **params: object) -> list[Case]:
+    return [
+        Case(f"{name}-{model}-plain", kind, {"model": model, "zero": None, "micro": 8, **params})
+        for model in MODELS
+    ]
+
+
+def hook_reality() -> list[Case]:
+    return [
+        Case(
+            f"zero-{how}-zero{zero}",
+            "zero_in_gap",
+            {
+                "how": how,
+                "model": "t5",
+                "zero": zero,
+                "micro": 2,
+            },
+        )
+        for how in ("hook", "gap", "nothing", "grad_attribute")
+        for zero in STAGES
+    ]
+
+
+def fishers(world: int) -> list[Case]:
+    sizes = {1: (8, 1), 2: (4, 1), 4: (2,)}[world]
+    return [
+        Case(
+            f"fisher-{model}-zero{zero}-micro{size}",
+            "fisher",
+            {
+                "model": model,
+                "zero": zero,
+                "micro": size,
+            },
+        )
+        for model in MODELS
+        for zero, size in [(0, sizes[0]), (2, sizes[-1]), (3, sizes[0])]
+    ]
+
+
+def traffics() -> list[Case]:
+    return [
+        Case(
+            f"traffic-{method}-zero{zero}",
+            "traffic",
+            {
+                "model": "t5",
+                "zero": zero,
+                "micro": 2,
+                **METHODS[method],
+            },
+        )
+        for method in METHODS
+        for zero in STAGES
+    ]
+
+
+def strengths(zeros: tuple[int | None, ...], size: int) -> list[Case]:
+    """lambda = 0 and inc_lora, which must be the same to the bit."""
+    return [
+        Case(
+            f"{name}-zero{zero}",
+            "sequence",
+            {
+                "model": "llama",
+                "zero": zero,
+                "micro": size,
+                "method": method,
+                "settings": settings,
+            },
+        )
+        for zero in zeros
+        for name, method, settings in (
+            ("off", "ewc_lora", {"lambda_": 0.0}),
+            ("inc", "inc_lora", {}),
+        )
+    ]
+
+
+def resets() -> list[Case]:
+    return [
+        Case(
+            f"reset-zero{zero}",
+            "reset",
+            {
+                "model": "llama",
+                "zero": zero,
+                "micro": 4,
+                "method": "inc_lora",
+            },
+        )
+        for zero in STAGES
+    ]
+
+
+RESUMED = {"model": "llama", "every_steps": 1, **METHODS["ewc_lora"]}
+CUT = 2
+
+
+def uninterrupted() -> list[Case]:
+    return [
+        Case(
+            f"whole-zero{zero}",
+            "resume",
+            {
+                **RESUMED,
+                "source": None,
+                "cut": None,
+                "zero": zero,
+                "micro": 4,
+            },
+        )
+        for zero in STAGES
+    ]
+
+
+def resumes(world: int, pairs: list[tuple[int, int]]) -> list[Case]:
+    """Go on from a 2-rank checkpoint of stage `old` at stage `new`."""
+    return [
+        Case(
+            f"resumed-{old}-to-{new}",
+            "resume",
+            {
+                **RESUMED,
+                "source": f"../world2/whole-zero{old}",
+                "cut": CUT,
+                "zero": new,
+                "micro": BATCH // world,
+            },
+        )
+        for old, new in pairs
+    ]
+
+
+def scorings(zeros: tuple[int | None, ...]) -> list[Case]:
+    return [
+        Case(
+            f"scoring-{model}-zero{zero}",
+            "scoring",
+            {
+                "model": model,
+                "zero": zero,
+                "micro": 4,
+            },
+        )
+        for model in MODELS
+        for zero in zeros
+    ]
+
+
+def consolidations(zeros: tuple[int | None, ...]) -> list[Case]:
+    return [
+        Case(
+            f"consolidation-{past}-zero{zero}-{merge}",
+            "consolidation",
+            {
+                "model": "t5",
+                "zero": zero,
+                "micro": 4,
+                "past": past,
+                "method": "ewc_lora",
+                "settings": {"merge": merge},
+            },
+        )
+        for past in ("fold", "branch")
+        for zero in zeros
+        for merge in ("exact", "factor_sum")
+    ]
+
+
+WORLDS: dict[int, list[Case]] = {
+    1: [
+        *plain("sequential", **METHODS["sequential"]),
+        *plain("ewc_lora", **METHODS["ewc_lora"]),
+        *plain("branch", past="branch", **METHODS["ewc_lora"]),
+        *plain("per_batch", method="ewc_lora", settings={"fisher": "per_batch", "lambda_": 3e3}),
+        *plain("checkpointed", checkpointing=True, **METHODS["ewc_lora"]),
+        *equivalence(1),
+        *fishers(1),
+        *[
+            Case(
+                f"fisher-{m}-checkpointed",
+                "fisher",
+                {"model": m, "zero": None, "micro": 4, "checkpointing": True},
+            )
+            for m in MODELS
+        ],
+        *strengths((None,), 4),
+        *scorings((None,)),
+        *consolidations((None,)),
+        Case("rows-5", "rows", {"count": 5}),
+    ],
+    2: [
+        *hook_reality(),
+        *equivalence(2),
+        *fishers(2),
+        *traffics(),
+        *strengths((2, 3), 4),
+        *resets(),
+        *uninterrupted(),
+        *resumes(2, [(0, 0), (1, 1), (2, 2), (3, 3), (2, 3), (3, 0)]),
+        *scorings((2, 3)),
+        *consolidations((2, 3)),
+        Case(
+            "per_batch-llama-zero2",
+            "sequence",
+            {
+                "model": "llama",
+                "zero": 2,
+                "micro": 4,
+                "method": "ewc_lora",
+                "settings": {"fisher": "per_batch", "lambda_": 3e3},
+            },
+        ),
+        Case(
+            "branch-t5-zero3",
+            "sequence",
+            {"model": "t5", "zero": 3, "micro": 4, "past": "branch", **METHODS["ewc_lora"]},
+        ),
+        *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
+    ],
+    4: [
+        *equivalence(4),
+        *fishers(4),
+        *resumes(4, [(2, 2), (2, 3)]),
+        *[Case(f"rows-{n}", "rows", {"count": n}) for n in (3, 7, 8)],
+    ],
+}

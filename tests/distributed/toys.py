@@ -1,0 +1,231 @@
+"""Tiny models and rows that every distributed case builds in the same way on every rank."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accrete.pipeline.config.run import CheckpointConfig, EvalConfig, RunConfig, TrainConfig
+from accrete.pipeline.data.collate import Collator
+from accrete.pipeline.data.config import DataConfig, TaskConfig
+from accrete.pipeline.data.encode import EncodedRow
+from accrete.pipeline.distributed.config import EngineConfig
+from accrete.pipeline.distributed.engine import OptimizerSettings
+from accrete.pipeline.distributed.plain import PlainEngine
+from accrete.pipeline.distributed.zero import ZeroEngine
+from accrete.pipeline.methods.ewc_lora import EwcLora, EwcLoraConfig
+from accrete.pipeline.methods.inc_lora import IncLora, IncLoraConfig
+from accrete.pipeline.methods.sequential import Sequential, SequentialConfig
+from accrete.pipeline.models.config import AdapterConfig, ModelConfig
+from accrete.pipeline.models.load import ModelFacts
+from accrete.pipeline.models.lora import AdaptedModel
+from accrete.pipeline.models.past import Past
+from accrete.pipeline.records import Recorder
+from accrete.pipeline.run_dir import RunDir
+from accrete.pipeline.scoring import TaskScore
+from accrete.pipeline.stage import accumulation
+from accrete.pipeline.stage_runner import Parts
+
+VOCAB, PAD, EOS, BOS = 48, 0, 1, 2
+EPS = 1e-2
+"""AdamW divides by |g| + eps: with the usual 1e-8 the last bit of a vanishing gradient decides the
+sign of a whole step, on one process as on four."""
+METHODS = {
+    "sequential": (Sequential, SequentialConfig),
+    "inc_lora": (IncLora, IncLoraConfig),
+    "ewc_lora": (EwcLora, EwcLoraConfig),
+}
+
+
+def base_model(kind: str) -> torch.nn.Module:
+    """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(7)
+    if kind == "t5":
+        model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=VOCAB,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=PAD,
+                eos_token_id=EOS,
+                decoder_start_token_id=PAD,
+            )
+        )
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCAB,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                bos_token_id=BOS,
+                eos_token_id=EOS,
+                pad_token_id=None,
+            )
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def facts(kind: str) -> ModelFacts:
+    return ModelFacts(kind == "t5", PAD, EOS, PAD if kind == "t5" else None)
+
+
+def memorise(model: torch.nn.Module, rows: list[EncodedRow], kind: str) -> None:
+    """Full training until the model knows the rows by heart; the same on every rank."""
+    from accrete.pipeline.stage import aligned_logits, row_losses
+
+    batch = Collator(kind == "t5", PAD, PAD if kind == "t5" else None, EOS).train(rows, len(rows))
+    model.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        row_losses(aligned_logits(model, batch, kind == "t5"), batch.labels).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(False)
+
+
+class ToyRows:
+    """Rows of unequal lengths in a fixed cyclic order; the `TrainRows` face."""
+
+    def __init__(self, task: int, num_rows: int, global_batch: int) -> None:
+        pick = random.Random(task)
+        self.all = [
+            EncodedRow(
+                id=f"{task}-{i}",
+                prompt=[pick.randrange(3, VOCAB) for _ in range(pick.randrange(3, 12))] + [EOS],
+                answer=[pick.randrange(3, VOCAB) for _ in range(pick.randrange(1, 5))] + [EOS],
+                index=i,
+            )
+            for i in range(num_rows)
+        ]
+        self.num_rows = num_rows
+        self.global_batch = global_batch
+        self.steps_per_epoch = -(-num_rows // global_batch)
+
+    def rows(self, step: int, rank: int, world: int) -> list[EncodedRow]:
+        start = step % self.steps_per_epoch * self.global_batch
+        return self.all[start : start + self.global_batch][rank::world]
+
+
+def make_config(method: Any, **changes: Any) -> RunConfig:
+    train = {"learning_rate": 1e-2, "global_batch_size": 8, "weight_decay": 0.01, "eps": EPS}
+    train.update(changes.pop("train", {}))
+    config = RunConfig(
+        name="toy",
+        seed=3,
+        tasks=[TaskConfig(name="one"), TaskConfig(name="two")],
+        model=ModelConfig(builder="tiny_t5"),
+        adapter=AdapterConfig(rank=5, alpha=10.0, past=changes.pop("past", "fold")),
+        method=method,
+        engine=EngineConfig(**changes.pop("engine", {})),
+        data=DataConfig(window_batches=1),
+        train=TrainConfig(**train),
+        eval=EvalConfig(forward_transfer=False),
+        checkpoint=CheckpointConfig(every_steps=changes.pop("every_steps", None)),
+    )
+    return replace(config, **changes)
+
+
+def make_parts(
+    ranks: Any,
+    folder: Path,
+    *,
+    model: str,
+    zero: int | None,
+    micro: int,
+    method: str = "sequential",
+    settings: dict[str, Any] | None = None,
+    rows: int = 21,
+    past: str = "fold",
+    train: dict[str, Any] | None = None,
+    every_steps: int | None = None,
+    checkpointing: bool = False,
+    evaluator: Any = None,
+    learned: list[EncodedRow] | None = None,
+) -> Parts:
+    """All pieces of a two-task run on a toy model; zero None is the plain engine."""
+    method_class, config_class = METHODS[method]
+    method_config = config_class(**(settings or {}))
+    engine_settings = {"kind": "plain"} if zero is None else {"zero_stage": zero}
+    config = make_config(
+        method_config,
+        past=past,
+        engine=engine_settings,
+        train={"micro_batch_size": micro, **(train or {})},
+        every_steps=every_steps,
+    )
+    base = base_model(model)
+    if learned is not None:
+        memorise(base, learned, model)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = AdaptedModel(base, config.adapter)
+    chosen = method_class(method_config)
+    settings_ = OptimizerSettings(
+        optimizer=config.train.optimizer,
+        eps=config.train.eps,
+        weight_decay=config.train.weight_decay,
+        max_grad_norm=config.train.max_grad_norm,
+    )
+    batch = config.train.global_batch_size
+    micro_batches = accumulation(batch, micro, ranks.world)
+    engine: Any
+    if zero is None:
+        engine = PlainEngine(
+            adapted.module,
+            adapted.parameters(),
+            settings_,
+            accumulation=micro_batches,
+            device=ranks.device,
+        )
+    else:
+        engine = ZeroEngine(
+            adapted.module,
+            adapted.parameters(),
+            settings_,
+            ranks=ranks,
+            stage=zero,
+            accumulation=micro_batches,
+            micro_batch=micro,
+            bucket_elements=2000,
+        )
+    if chosen.peeks:
+        engine.watch()
+    run = RunDir(folder / "run")
+    run.path.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(run.events if ranks.rank == 0 else None)
+    return Parts(
+        config=config,
+        run=run,
+        model_path="toy",
+        tasks=[SimpleNamespace(name=n, num_eval=0, metric="exact_match") for n in ("one", "two")],
+        open_rows=lambda task, index: ToyRows(index, rows, batch),
+        adapted=adapted,
+        engine=engine,
+        past=Past(adapted, engine, past, chosen.merge),
+        method=chosen,
+        facts=facts(model),
+        collator=Collator(model == "t5", PAD, PAD if model == "t5" else None, EOS),
+        evaluator=evaluator or no_scores,
+        recorder=recorder,
+        on_scores=lambda scores: {},
+    )
+
+
+def no_scores(view: Any, tasks: list[Any]) -> list[TaskScore]:
+    return [TaskScore(task=task.name, score=0.0, rows=[], seconds=0.0) for task in tasks]

@@ -1,0 +1,152 @@
+"""Token ids: special tokens, the boundary of prompt and answer, and the cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from accrete.pipeline.data.encode import Encoder, load_tokenizer, tokenizer_hash
+from accrete.pipeline.data.prompts import Prompt
+from accrete.pipeline.errors import DataError, ModelError
+
+PROMPT = Prompt("Decide.\nOption: good, bad\n", "Text: the quick brown fox " * 30, "\nAnswer:")
+SHORT = Prompt(PROMPT.prefix, "Text: the fox", PROMPT.suffix)
+
+
+@pytest.fixture(params=["t5", "llama", "bytes"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def tokenizer(kind: str, request: pytest.FixtureRequest) -> Any:
+    return load_tokenizer(request.getfixturevalue(f"{kind}_folder"))
+
+
+def encoder(tokenizer: Any, kind: str, cap: int = 512, target: int = 50) -> Encoder:
+    return Encoder(tokenizer, seq2seq=kind == "t5", max_source_tokens=cap, max_target_tokens=target)
+
+
+def plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_special_tokens_and_whole_text(kind: str, tokenizer: Any) -> None:
+    (row,) = encoder(tokenizer, kind).encode([SHORT], ["good"])
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    body = plain(tokenizer, str(SHORT))
+    assert row.prompt == ([*body, eos] if kind == "t5" else [bos, *body])
+    assert row.answer[-1] == eos
+    assert row.answer.count(eos) == 1
+    assert (row.cut, row.fits, row.answer_tokens) == (False, True, len(row.answer))
+
+
+def test_prompt_and_answer_join_as_the_whole_text_would(kind: str, tokenizer: Any) -> None:
+    """`enc(prompt) + enc(answer) == enc(prompt + " " + answer)`: the space is the answer's."""
+    (row,) = encoder(tokenizer, kind).encode([SHORT], ["good"])
+    joined = row.prompt[:-1] if kind == "t5" else row.prompt[1:]
+    assert joined + row.answer[:-1] == plain(tokenizer, f"{SHORT} good")
+
+
+def test_answer_is_stripped_and_may_be_blank(kind: str, tokenizer: Any) -> None:
+    rows = encoder(tokenizer, kind).encode([SHORT] * 3, ["good", "  good\n", " "])
+    assert rows[0].answer == rows[1].answer
+    assert rows[2].answer == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("cap", [60, 61, 62, 75])
+def test_cut_keeps_options_and_cue_and_fills_the_cap(kind: str, tokenizer: Any, cap: int) -> None:
+    (row,) = encoder(tokenizer, kind, cap).encode([PROMPT], ["good"])
+    assert row.cut
+    assert len(row.prompt) == cap
+    body = row.prompt[:-1] if kind == "t5" else row.prompt[1:]
+    text = tokenizer.decode(body, skip_special_tokens=True)
+    assert text.replace("\n", " ").split()[:4] == ["Decide.", "Option:", "good,", "bad"]
+    assert text.rstrip().endswith("Answer:")
+    # the kept ids are the beginning and the end of the whole prompt's ids
+    whole = plain(tokenizer, str(PROMPT))
+    tail = len(plain(tokenizer, PROMPT.suffix))
+    keep = next(i for i, (a, b) in enumerate(zip(body, whole, strict=False)) if a != b)
+    assert body == whole[:keep] + whole[len(whole) - (len(body) - keep) :]
+    assert len(body) - keep <= tail
+
+
+def test_a_row_at_the_cap_is_not_cut(kind: str, tokenizer: Any) -> None:
+    (row,) = encoder(tokenizer, kind).encode([SHORT], ["good"])
+    (same,) = encoder(tokenizer, kind, len(row.prompt)).encode([SHORT], ["good"])
+    (less,) = encoder(tokenizer, kind, len(row.prompt) - 1).encode([SHORT], ["good"])
+    assert not same.cut
+    assert same.prompt == row.prompt
+    assert less.cut
+    assert len(less.prompt) == len(row.prompt) - 1
+
+
+def test_cut_in_a_batch_touches_only_long_rows(kind: str, tokenizer: Any) -> None:
+    rows = encoder(tokenizer, kind, 80).encode([SHORT, PROMPT, SHORT], ["good", "bad", "good"])
+    assert [row.cut for row in rows] == [False, True, False]
+    assert rows[0] == rows[2]
+
+
+def test_no_character_is_split(bytes_folder: str) -> None:
+    tokenizer = load_tokenizer(bytes_folder)
+    prompt = Prompt("Q: ", "漢字" * 40, "\nAnswer:")
+    for cap in range(40, 52):
+        (row,) = encoder(tokenizer, "bytes", cap).encode([prompt], ["good"])
+        assert cap - 4 <= len(row.prompt) <= cap
+        assert "\ufffd" not in tokenizer.decode(row.prompt)
+
+
+def test_too_long_without_any_text(kind: str, tokenizer: Any) -> None:
+    tight = encoder(tokenizer, kind, 8)
+    with pytest.raises(DataError, match=r"alone take \d+ tokens, data\.max_source_tokens is 8"):
+        tight.check_frame(Prompt(PROMPT.prefix, "", PROMPT.suffix))
+    (row,) = tight.encode([PROMPT], ["good"])
+    assert not row.fits
+    encoder(tokenizer, kind, 100).check_frame(Prompt(PROMPT.prefix, "", PROMPT.suffix))
+
+
+def test_long_answers_keep_their_end_token(kind: str, tokenizer: Any) -> None:
+    (row,) = encoder(tokenizer, kind, target=4).encode([SHORT], ["the quick brown fox jumps"])
+    assert len(row.answer) == 4
+    assert row.answer[-1] == tokenizer.eos_token_id
+    assert row.answer_tokens > 4
+
+
+def test_slow_tokenizers_are_cut_by_parts(bytes_folder: str) -> None:
+    class Slow:
+        """The same tokenizer, without character positions."""
+
+        is_fast = False
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+            self.bos_token_id, self.eos_token_id = inner.bos_token_id, inner.eos_token_id
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            assert "return_offsets_mapping" not in options
+            return self.inner(texts, **options)
+
+    fast = load_tokenizer(bytes_folder)
+    for cap in (50, 70):
+        rows = [encoder(t, "bytes", cap).encode([PROMPT], ["good"])[0] for t in (fast, Slow(fast))]
+        assert rows[0] == rows[1]
+
+
+def test_bad_tokenizers(tmp_path: Any, bytes_folder: str) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    tokenizer = load_tokenizer(bytes_folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ModelError, match="no end token"):
+        load_tokenizer(str(tmp_path / "endless"))
+
+
+def test_tokenizer_hash_depends_on_what_decides_ids(t5_folder: str, llama_folder: str) -> None:
+    one, other = load_tokenizer(t5_folder), load_tokenizer(llama_folder)
+    assert tokenizer_hash(one) == tokenizer_hash(load_tokenizer(t5_folder))
+    assert tokenizer_hash(one) != tokenizer_hash(other)
+    before = tokenizer_hash(one)
+    one.add_tokens(["newword"])
+    assert tokenizer_hash(one) != before
