@@ -9,25 +9,25 @@ The command line does its work through these functions as well.
 
 from __future__ import annotations
 
-import datetime
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accrete.launch.environment import (
-    choose_device,
-    choose_procs,
-    command_line,
-    git_state,
-    hardware,
-    versions,
+from accrete.launch.environment import choose_device, choose_procs
+from accrete.launch.folder import (
+    is_usable,
+    note_resume,
+    replace_prepared,
+    require_same_rows,
+    write_start,
 )
 from accrete.launch.local import launch_local
-from accrete.launch.prepare import Prepared, Say, prepare
-from accrete.pipeline.errors import AccreteError, ConfigError, DataError, InputError, RunFolderError
-from accrete.pipeline.run_dir import RunDir, read_json, write_json
+from accrete.launch.prepare import Say, prepare
+from accrete.pipeline.errors import AccreteError, ConfigError, InputError, RunFolderError
+from accrete.pipeline.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
     from accrete.pipeline.config.load import LoadedRecipe
@@ -97,12 +97,11 @@ def run(
     folder.create()
     try:
         with folder.lock() as lock:
-            _write_start(folder, recipe, prepared)
+            write_start(folder, recipe, prepared)
             _launch(folder, (), prepared.procs, prepared.device, lock)
     except BaseException as error:
         # Bad input leaves no folder behind, and a start that was cut short no half of one.
-        bad_input = isinstance(error, AccreteError) and error.exit_code == InputError.exit_code
-        if bad_input or not folder.is_run():
+        if _is_bad_input(error) or not folder.is_run():
             folder.remove_if_empty_run()
         raise
     return _conclude(folder)
@@ -137,11 +136,61 @@ def resume(
         if not is_finished(folder):
             device = choose_device(recipe.config.engine)
             count = choose_procs(recipe.config.engine, device)
-            if not _usable(folder):
-                _replace_prepared(folder, prepare(recipe.config, say or _say))
-            _note_resume(folder, overrides, count, device)
+            if not is_usable(folder):
+                replace_prepared(folder, prepare(recipe.config, say or _say))
+            note_resume(folder, overrides, count, device)
             _launch(folder, overrides, count, device, lock)
     return _conclude(folder)
+
+
+def branch(
+    run_dir: str | Path,
+    stage: int,
+    new_dir: str | Path,
+    *overrides: str,
+    procs: int | None = None,
+    say: Say | None = None,
+) -> RunResult:
+    """Copy a run up to a finished stage and go on from there with other settings.
+
+    Args:
+        run_dir: The run to branch from; it is not changed.
+        stage: Last stage that is shared, from 0.
+        new_dir: Folder of the branch, new or empty.
+        overrides: What differs from then on, such as `method=ewc_lora`.
+        procs: Processes on this machine, as `engine.procs`.
+        say: Called with lines about the preparation; default: print to stderr.
+
+    Raises:
+        InputError: The stage is not finished, an override changes what is shared, the rows of the
+            shared tasks have changed, or the new folder is taken.
+        LaunchError: A worker failed.
+    """
+    from accrete.launch.branch import adopt_adapter, branch_recipe, copy_stages
+    from accrete.pipeline.methods.registry import method_class
+
+    if procs is not None:
+        overrides = (*overrides, f"engine.procs={procs}")
+    parent, child = RunDir(run_dir), RunDir(new_dir)
+    recipe = branch_recipe(parent, stage, overrides)
+    child.check_free()
+    prepared = prepare(recipe.config, say or _say)
+    require_same_rows(parent, prepared, stage + 1)
+    method = recipe.config.method.kind
+    same_method = method == load_recipe(parent.recipe).config.method.kind
+    child.create()
+    try:
+        with child.lock() as lock:
+            copy_stages(parent, child, stage, same_method)
+            adopt_adapter(child, stage, method_class(method).fresh_adapter)
+            write_start(child, recipe, prepared)
+            _launch(child, (), prepared.procs, prepared.device, lock)
+    except BaseException as error:
+        begun = child.stage(stage + 1).path.exists()
+        if not begun and (_is_bad_input(error) or not child.is_run()):
+            shutil.rmtree(child.path)
+        raise
+    return _conclude(child)
 
 
 def read_result(run_dir: str | Path) -> RunResult:
@@ -186,73 +235,8 @@ def check_resumable(overrides: Sequence[str]) -> None:
         )
 
 
-def _write_start(folder: RunDir, recipe: LoadedRecipe, prepared: Prepared) -> None:
-    write_json(folder.prepared, prepared.to_json())
-    recipe.dump_yaml(folder.recipe)
-    # Written last: a folder with run.json is a run.
-    write_json(
-        folder.run,
-        {
-            "name": recipe.name,
-            "method": recipe.config.method.kind,
-            "seed": recipe.config.seed,
-            "command": command_line(),
-            "started": _now(),
-            "recipe_file": str(recipe.file),
-            "overrides": list(recipe.overrides),
-            "procs": prepared.procs,
-            "device": prepared.device,
-            "versions": versions(),
-            "hardware": hardware(prepared.device),
-            "origins": recipe.origins,
-            "git": git_state(),
-            "resumes": [],
-        },
-    )
-
-
-def _note_resume(folder: RunDir, overrides: Sequence[str], procs: int, device: str) -> None:
-    content = read_json(folder.run)
-    content["resumes"] = [
-        *content.get("resumes", []),
-        {
-            "command": command_line(),
-            "started": _now(),
-            "overrides": list(overrides),
-            "procs": procs,
-            "device": device,
-            "versions": versions(),
-        },
-    ]
-    write_json(folder.run, content)
-
-
-def _usable(folder: RunDir) -> bool:
-    """Whether the cache still holds what the run was prepared with."""
-    if not folder.prepared.is_file():
-        return False
-    content = read_json(folder.prepared)
-    folders = [task[key] for task in content["tasks"] for key in ("train_dir", "eval_dir")]
-    model = Path(content["model_path"])
-    # A model that is no absolute path is a hub id, which transformers looks up by itself.
-    return all(Path(p).is_dir() for p in folders) and (model.is_dir() or not model.is_absolute())
-
-
-def _replace_prepared(folder: RunDir, prepared: Prepared) -> None:
-    """Take what was prepared anew, if it is the same as before."""
-    if folder.prepared.is_file():
-        before = [task["fingerprint"] for task in read_json(folder.prepared)["tasks"]]
-        changed = [
-            task.name
-            for task, old in zip(prepared.tasks, before, strict=True)
-            if task.fingerprint != old
-        ]
-        if changed:
-            raise DataError(
-                f"{folder.path}: the rows, prompts or tokenizer of {', '.join(changed)} are not "
-                "those that the run started with. Restore them, or start a new run."
-            )
-    write_json(folder.prepared, prepared.to_json())
+def _is_bad_input(error: BaseException) -> bool:
+    return isinstance(error, AccreteError) and error.exit_code == InputError.exit_code
 
 
 def _launch(folder: RunDir, overrides: Sequence[str], procs: int, device: str, lock: int) -> None:
@@ -272,12 +256,8 @@ def _conclude(folder: RunDir) -> RunResult:
     return read_result(folder.path)
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-__all__ = ["RunResult", "load_recipe", "read_result", "resume", "run"]
+__all__ = ["RunResult", "branch", "load_recipe", "read_result", "resume", "run"]

@@ -7,11 +7,16 @@ from typing import Annotated
 
 import typer
 
+from accrete.launch.commands import methods, recipes
+from accrete.launch.commands.branch import branch
 from accrete.launch.commands.compare import compare
+from accrete.launch.commands.export import export
 from accrete.launch.commands.plan import plan
 from accrete.launch.commands.report import report
 from accrete.launch.commands.resume import resume
 from accrete.launch.commands.run import run
+from accrete.launch.commands.schema import schema
+from accrete.launch.commands.score import score
 from accrete.pipeline.errors import AccreteError
 
 app = typer.Typer(
@@ -43,8 +48,10 @@ def accrete(
     """
 
 
-for command in (run, resume, plan, report, compare):
+for command in (run, resume, branch, plan, score, compare, report, export, schema):
     app.command()(command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(methods.app, name="methods")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accrete.pipeline.distributed.engine import Engine
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.records import Recorder
-    from accrete.pipeline.stage_runner import Parts, Scores
+    from accrete.pipeline.parts import Parts, Scores
 
 
 def execute(run_dir: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -65,7 +65,7 @@ def build(
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.models.past import Past, choose_mode
     from accrete.pipeline.records import Recorder
-    from accrete.pipeline.stage_runner import Parts
+    from accrete.pipeline.parts import Parts
 
     prepared = read_json(run.prepared)
     model_path = str(prepared["model_path"])

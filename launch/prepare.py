@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accrete.launch.environment import choose_device, choose_procs
+from accrete.pipeline.config.checks import require_data_root
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.sinks import check_tensorboard
 
@@ -55,6 +56,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     Raises:
         InputError: Anything about the recipe, the model or the rows that would stop the run.
     """
+    require_data_root(config)
     if config.log.tensorboard:
         check_tensorboard()
     device = choose_device(config.engine)

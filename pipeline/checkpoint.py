@@ -128,8 +128,8 @@ def _compare(path: Path, content: dict[str, torch.Tensor]) -> None:
     )
     if not same:
         raise CheckpointError(
-            f"{path}: what was read back differs from what was written. Check the disk and its free "
-            "space; earlier checkpoints are untouched."
+            f"{path}: what was read back differs from what was written. Check the disk and its "
+            "free space; earlier checkpoints are untouched."
         )
 
 

@@ -54,4 +54,4 @@ class Parts:
     evaluator: Evaluator
     recorder: Recorder
     on_scores: Callable[[Scores], dict[str, Any]]
-    """Called on rank 0 after every stage, to write the matrix and the report; returns the former."""
+    """Called on rank 0 after every stage to write matrix and report; returns the matrix."""

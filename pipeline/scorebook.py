@@ -33,9 +33,11 @@ class Scorebook:
         )
         self._view = view
 
-    def _evaluate(self, indices: list[int], stage: int, moment: str) -> dict[int, TaskScore]:
+    def _evaluate(self, indices: list[int], stage: int) -> dict[int, TaskScore]:
+        """Score tasks and record each; `stage` -1 is the model as it came."""
         scores = self.parts.evaluator(self._view, [self.parts.tasks[i] for i in indices])
-        for score in scores:
+        for index, score in zip(indices, scores, strict=True):
+            after = "after" if index <= stage else "before"
             self.parts.recorder.emit(
                 Event.SCORED,
                 stage=stage,
@@ -43,7 +45,7 @@ class Scorebook:
                 score=score.score,
                 rows=len(score.rows),
                 seconds=score.seconds,
-                moment=moment,
+                moment="untrained" if stage < 0 else after,
             )
         return dict(zip(indices, scores, strict=True))
 
@@ -52,21 +54,21 @@ class Scorebook:
         self.scores.untrained = [None] * len(self.parts.tasks)
         if self.config.eval.forward_transfer and len(self.parts.tasks) > 1:
             # Task 0 has no forward transfer; its untrained score is not needed.
-            found = self._evaluate(list(range(1, len(self.parts.tasks))), -1, "untrained")
+            found = self._evaluate(list(range(1, len(self.parts.tasks))), -1)
             for index, score in found.items():
                 self.scores.untrained[index] = score.score
         if self.chief:
             write_json(self.parts.run.path / "untrained.json", {"scores": self.scores.untrained})
 
     def score_stage(self, index: int) -> None:
-        """Score all tasks so far (and the next one, for forward transfer); write the stage's row."""
+        """Score all tasks so far (and the next, for forward transfer); write the stage's row."""
         folder = self.parts.run.stage(index)
         if len(self.scores.rows) > index:
             return
         began = time.perf_counter()
         seen = list(range(index + 1))
         ahead = self.config.eval.forward_transfer and index + 1 < len(self.parts.tasks)
-        found = self._evaluate(seen + ([index + 1] if ahead else []), index, "after")
+        found = self._evaluate(seen + ([index + 1] if ahead else []), index)
         row = [found[i].score for i in seen]
         self.scores.rows.append(row)
         following = found[index + 1].score if ahead else None

@@ -57,7 +57,7 @@ class ModelView(Protocol):
         ...
 
     def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of every row's prompt: new token ids up to the end token, excluded."""
+        """Greedy continuation of every prompt: new token ids before the end token."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,6 +68,6 @@ class ModelView(Protocol):
 class Evaluator(Protocol):
     """Scores tasks on the model as it stands."""
 
-    def __call__(self, view: ModelView, tasks: Sequence[TaskHandle]) -> list[TaskScore]:
+    def __call__(self, view: ModelView, handles: Sequence[TaskHandle]) -> list[TaskScore]:
         """Score every row of every task. Collective: yes."""
         ...

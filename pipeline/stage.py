@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
@@ -137,7 +137,7 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         [b]; 0 for a row without labels.
     """
-    losses = F.cross_entropy(
+    losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     )
     return losses.view(labels.shape).sum(1)

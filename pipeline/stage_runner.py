@@ -21,7 +21,9 @@ from accrete.pipeline.models.lora import (
     load_factors,
     save_adapter,
 )
+from accrete.pipeline.parts import Parts, Scores
 from accrete.pipeline.records import Event
+from accrete.pipeline.scorebook import Scorebook
 from accrete.pipeline.stage import Stage
 from accrete.pipeline.train_task import train_task
 from accrete.pipeline.view import LiveModel
@@ -213,7 +215,7 @@ class StageRunner:
 
     def _restore(self) -> Position | None:
         """Bring back what the newest sound checkpoint says; None: start from the beginning."""
-        run, method = self.parts.run, self.parts.method
+        run = self.parts.run
         found, problems = checkpoint.newest(run.path)
         found, problems = comm.gather((found, problems), self.engine.world)[0]
         for problem in problems:

@@ -82,7 +82,9 @@ def _watched(stage: Stage, visit: Visit) -> Iterator[torch.Tensor]:
             # forward hook itself fires twice under gradient checkpointing.
             inputs = arguments[0].detach()
             if output.requires_grad:
-                output.register_hook(lambda gradient: visit(layer, inputs, gradient.detach()))
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: visit(layer, inputs, gradient.detach())
+                )
 
         return hook
 

@@ -145,7 +145,7 @@ def _with_share(sums: dict[str, float]) -> dict[str, float]:
 def _require_finite(loss: float, stage: Stage, step: int) -> None:
     if not math.isfinite(loss):
         raise MethodError(
-            f"The loss of task {stage.name} (stage {stage.index}) is {loss} at step {step + 1}; the "
-            "weights were not changed. Lower train.learning_rate (or the method's weight), set "
+            f"The loss of task {stage.name} (stage {stage.index}) is {loss} at step {step + 1}; "
+            "the weights were not changed. Lower train.learning_rate (or the method's weight), set "
             "train.max_grad_norm=1.0, and `accrete resume` from the last checkpoint."
         )

@@ -60,7 +60,11 @@ class ProblemList:
 
     def covers(self, path: str) -> bool:
         """Whether something at or below `path` is already known to be wrong."""
-        return any(item.path == path or item.path.startswith(f"{path}.") for item in self._items)
+        return any(item.path == path for item in self._items) or self.covers_inside(path)
+
+    def covers_inside(self, path: str) -> bool:
+        """Whether something below `path` is already known to be wrong."""
+        return any(item.path.startswith(f"{path}.") for item in self._items)
 
     def raise_if_any(self, name: str) -> None:
         """End here if there is anything to tell.
@@ -80,8 +84,10 @@ def _reading_order(problem: Problem) -> tuple[bool, str, int]:
 
 
 def nearest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The names in `known` that look most like `word`."""
-    return get_close_matches(word, list(known), n=count, cutoff=0.55)
+    """The names in `known` that look most like `word`, or that it abbreviates (`lr`)."""
+    names = list(known)
+    short = [name for name in names if "".join(part[:1] for part in name.split("_")) == word]
+    return short[:count] or get_close_matches(word, names, n=count, cutoff=0.55)
 
 
 def did_you_mean(names: list[str]) -> str:

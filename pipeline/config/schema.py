@@ -16,6 +16,9 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 Schema = dict[str, Any]
 
+_YAML = r"\.ya?ml$"
+_PYTHON = r"\.py(:\w+)?$"
+
 
 def recipe_schema() -> Schema:
     """The schema of a recipe or group file, with the settings of all known methods.
@@ -32,8 +35,8 @@ def recipe_schema() -> Schema:
         "later ones win.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    properties["model"] = _group("model", {"$ref": "#/$defs/ModelConfig"}, [])
-    properties["method"] = _group("method", _method(defs), method_kinds())
+    properties["model"] = _group("model", {"$ref": "#/$defs/ModelConfig"}, [], _YAML)
+    properties["method"] = _group("method", _method(defs), method_kinds(), f"{_YAML}|{_PYTHON}")
     task = properties["tasks"]["items"]
     properties["tasks"]["items"] = {
         "anyOf": [{"type": "string", "description": "Short for {name: ...}."}, task]
@@ -72,15 +75,18 @@ def _renamed(schema: Schema) -> Schema:
     return {**kept, "properties": properties, **({"required": required} if required else {})}
 
 
-def _group(key: str, mapping: Schema, more: list[str]) -> Schema:
+def _group(key: str, mapping: Schema, more: list[str], ending: str) -> Schema:
     names = group_names(key)
     names += [name for name in more if name not in names]
-    text = {
+    files = {
         "type": "string",
-        "description": f"A {key} group ({', '.join(names)}) or a .yaml file relative to this one.",
-        "examples": names,
+        "pattern": ending,
+        "description": f"The file of a {key} of your own.",
     }
-    return {"description": f"The {key}: a group's name, or its settings.", "anyOf": [text, mapping]}
+    return {
+        "description": f"The {key}: a group's name or file, or its settings.",
+        "anyOf": [{"enum": names}, files, mapping],
+    }
 
 
 def _method(defs: dict[str, Schema]) -> Schema:
@@ -91,8 +97,8 @@ def _method(defs: dict[str, Schema]) -> Schema:
         config = method_class(kind).Config
         schema = _section(config, defs)
         schema["properties"]["kind"] = {"const": kind, "description": "Name of the method."}
-        defs[config.__name__] = schema
-        reference = {"$ref": f"#/$defs/{config.__name__}"}
+        defs[f"method.{kind}"] = schema
+        reference = {"$ref": f"#/$defs/method.{kind}"}
         known.append(reference)
         rules.append(
             {
@@ -103,7 +109,7 @@ def _method(defs: dict[str, Schema]) -> Schema:
     kinds: Schema = {
         "anyOf": [
             {"enum": method_kinds()},
-            {"type": "string", "pattern": r"\.py(:\w+)?$", "description": "A file of your own."},
+            {"type": "string", "pattern": _PYTHON, "description": "A file of your own."},
         ]
     }
     return {

@@ -75,12 +75,17 @@ def _validate(
 ) -> T | None:
     plain = _to_fields(node, cls, path, problems, title)
     try:
-        return cast(
-            T, _adapter(cast(Hashable, cls)).validate_json(json.dumps([plain]), strict=True)[0]
-        )
+        return cast(T, _adapter(cast(Hashable, cls)).validate_json(json.dumps([plain]))[0])
     except ValidationError as error:
+        noted = ProblemList()
         for item in error.errors(include_url=False):
-            _note(cast(dict[str, Any], item), node, cls, path, problems)
+            _note(cast(dict[str, Any], item), node, cls, path, noted)
+        for problem in noted:
+            # A union says of a list both that it is no text and which item is wrong.
+            if not noted.covers_inside(problem.path) and not (
+                problem.message.startswith("missing") and problems.covers(problem.path)
+            ):
+                problems.add(problem.where, problem.path, problem.message, problem.hint)
         return None
 
 
@@ -163,10 +168,8 @@ def _note(item: dict[str, Any], node: Node, cls: Any, path: Path, problems: Prob
         else:  # pydantic's label of a union's member
             continue
         if child is None:
-            if not problems.covers(dotted(path)):
-                problems.add(
-                    node.origin.where, dotted(path), f"missing; allowed: {allowed(annotation)}"
-                )
+            message = f"missing; allowed: {allowed(annotation)}"
+            problems.add(node.origin.where, dotted(path), message)
             return
         node = child
     if item["type"] in ("value_error", "assertion_error"):

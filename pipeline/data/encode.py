@@ -106,6 +106,8 @@ class Encoder:
         return " "
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:  # transformers fails on an empty list
+            return []
         found = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]

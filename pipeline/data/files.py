@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,16 @@ def _stream(builder: str, path: Path, **options: str) -> Iterator[dict[str, obje
 
     # data_files are glob patterns: a bracket in a folder name must not be one.
     escaped = re.sub(r"([*?\[])", r"[\1]", str(path))
-    stream = datasets.load_dataset(
-        builder, data_files=[escaped], split="train", streaming=True, **options
-    )
-    yield from stream
+    # A stream caches nothing, yet leaves a lock file per data file in its cache folder.
+    with tempfile.TemporaryDirectory(prefix="accrete-") as scratch:
+        yield from datasets.load_dataset(
+            builder,
+            data_files=[escaped],
+            split="train",
+            streaming=True,
+            cache_dir=scratch,
+            **options,
+        )
 
 
 def _lines(path: Path) -> Iterator[Record | Problem]:

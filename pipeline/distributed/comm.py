@@ -42,8 +42,8 @@ def start(device: str, timeout_s: int) -> Ranks:
     missing = [name for name in RENDEZVOUS if name not in os.environ]
     if missing:
         raise DistributedError(
-            f"This process lacks {', '.join(missing)}. Start accrete with `accrete run`, torchrun or "
-            "srun, which set them; for one process by hand set RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "
+            f"This process lacks {', '.join(missing)}. Start accrete with `accrete run`, torchrun "
+            "or srun, which set them; for one process by hand set RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "
             "MASTER_ADDR=127.0.0.1 MASTER_PORT=29500."
         )
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -102,6 +102,8 @@ def reduce_rows(matrix: torch.Tensor, rank: int, world: int) -> torch.Tensor:
 
     Args:
         matrix: [rows, ...], contiguous, this rank's own part; overwritten.
+        rank: This rank.
+        world: Ranks in all.
 
     Returns:
         [rows of this rank, ...], a tensor of its own.
@@ -122,6 +124,8 @@ def gather_rows(block: torch.Tensor, rows: int, rank: int, world: int) -> torch.
     Args:
         block: [rows of this rank, ...].
         rows: Rows of the whole matrix.
+        rank: This rank.
+        world: Ranks in all.
 
     Returns:
         [rows, ...] on rank 0, None elsewhere.

@@ -52,12 +52,14 @@ class Engine(Protocol):
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Backward of one micro-batch; `last` ends the step. The loss is divided by the
-        accumulation count, gradients are averaged over ranks. Collective: yes."""
+        accumulation count, gradients are averaged over ranks. Collective: yes.
+        """
         ...
 
     def step(self, learning_rate: float) -> float | None:
         """Clip, move the weights, drop the gradients; the gradient's norm if it is known.
-        Collective: yes."""
+        Collective: yes.
+        """
         ...
 
     def watch(self) -> None:
@@ -109,7 +111,8 @@ class Engine(Protocol):
         self, parameters: Iterable[nn.Parameter], write: bool = False
     ) -> AbstractContextManager[None]:
         """Frozen parameters whole inside the context; with `write`, what every rank puts there
-        stays. Collective: yes."""
+        stays. Collective: yes.
+        """
         ...
 
     def close(self) -> None:

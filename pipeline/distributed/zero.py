@@ -67,6 +67,8 @@ class ZeroEngine:
         self.accumulation = accumulation
         self.stage = stage
         self.parameters = parameters
+        # DeepSpeed hangs its own attributes on parameters (ds_tensor, ds_shape, ds_numel).
+        self._sharded: dict[str, Any] = dict(parameters)
         self._has_moments = settings.optimizer == "adamw"
         self._seen: dict[str, torch.Tensor] = {}
         config = deepspeed_config(
@@ -146,7 +148,7 @@ class ZeroEngine:
 
     def write(self, name: str, value: torch.Tensor) -> None:
         """Set master and copy. Collective: no."""
-        parameter = self.parameters[name]
+        parameter = self._sharded[name]
         if self.stage == 3:
             from deepspeed.utils import safe_set_local_fp32_param
 
@@ -273,18 +275,18 @@ class ZeroEngine:
         ):
             yield
 
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+    def _shape(self, parameter: Any) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
         return shape
 
-    def _chunk(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _chunk(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor, zero-padded as DeepSpeed partitions it."""
         size = int(parameter.ds_tensor.numel())
         flat = value.new_zeros(size * self.world)
         flat[: value.numel()] = value.flatten()
         return flat[self.rank * size : (self.rank + 1) * size].to(self.device)
 
-    def _whole(self, parameter: nn.Parameter, chunk: torch.Tensor) -> torch.Tensor:
+    def _whole(self, parameter: Any, chunk: torch.Tensor) -> torch.Tensor:
         """The inverse of `_chunk`. Collective: yes."""
         local = chunk.detach().contiguous().view(-1)
         parts = [torch.empty_like(local) for _ in range(self.world)]

@@ -63,7 +63,7 @@ class Method:
 
     @property
     def merge(self) -> Literal["exact", "factor_sum"]:
-        """How finished factors are put together; `factor_sum` exists to reproduce reference code."""
+        """How finished factors are put together; `factor_sum` reproduces reference code."""
         return "exact"
 
     def on_sequence_start(self, stage: Stage) -> None:
@@ -71,7 +71,8 @@ class Method:
 
     def on_task_start(self, stage: Stage) -> None:
         """Engine and factors are ready, optimizer state is zero. Called again on resume in
-        mid-task, before the factors are restored: it must depend on `state_dict` alone."""
+        mid-task, before the factors are restored: it must depend on `state_dict` alone.
+        """
 
     def wrap_data(self, stage: Stage, rows: TrainRows) -> TrainRows:
         """The rows to train on."""
@@ -92,11 +93,13 @@ class Method:
 
     def before_backward(self, stage: Stage, last: bool) -> None:
         """After each forward; `last` marks the micro-batch that ends the step. The place to compute
-        what a gradient hook adds, from `engine.peek`, without any traffic."""
+        what a gradient hook adds, from `engine.peek`, without any traffic.
+        """
 
     def after_backward(self, stage: Stage) -> None:
         """The gap: gradients are whole and reduced, the optimizer has not stepped. Read and edit
-        them with `engine.gradient` and `engine.write_gradient` (collectives)."""
+        them with `engine.gradient` and `engine.write_gradient` (collectives).
+        """
 
     def after_step(self, stage: Stage) -> None:
         """Weights have moved; correct them with `engine.value` and `engine.write`."""
@@ -104,7 +107,8 @@ class Method:
     def step_sums(self) -> dict[str, torch.Tensor]:
         """Up to six scalars of the last step for its event; the loop sums them over ranks together
         with the loss, so they cost no further collective. `penalty`, `penalty_norm` and
-        `task_norm` are known to the loop, which logs the penalty's share of the gradient."""
+        `task_norm` are known to the loop, which logs the penalty's share of the gradient.
+        """
         return {}
 
     def on_task_end(self, stage: Stage) -> None:
@@ -115,7 +119,8 @@ class Method:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything carried to the next task, whole, by name; on rank 0 (other ranks may return
-        an empty dict). Collective: yes."""
+        an empty dict). Collective: yes.
+        """
         return {}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -128,7 +133,11 @@ class Method:
 
 def describe(method: type[Method]) -> dict[str, object]:
     """A JSON-able card of one method."""
-    return {"kind": method.Config.kind, "summary": method.summary, "source": method.source}
+    return {
+        "kind": method.Config.__dataclass_fields__["kind"].default,
+        "summary": method.summary,
+        "source": method.source,
+    }
 
 
 __all__: Sequence[str] = ["Method", "MethodConfig", "describe"]

@@ -35,8 +35,8 @@ class EwcLoraConfig(MethodConfig):
 
     kind: str = "ewc_lora"
     lambda_: Annotated[float, Field(ge=0)] = 1e4
-    """Weight of the penalty. It belongs to the estimator: the reference's 1e7 was for batch means of
-    128 images; search it on dev rows."""
+    """Weight of the penalty. It belongs to the estimator: the reference's 1e7 was for batch means
+    of 128 images; search it on dev rows."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """F_cum <- gamma F_cum + F_t."""
     fisher: Literal["per_sequence", "per_batch"] = "per_sequence"
@@ -97,7 +97,8 @@ class EwcLora(Method):
         for layer in stage.adapted.layers.values():
             for name in (layer.a, layer.b):
                 parameter = stage.engine.parameters[name]
-                self._handles.append(parameter.register_hook(self._edit(name)))
+                handle = parameter.register_hook(self._edit(name))  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
 
     def _edit(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def hook(gradient: torch.Tensor) -> torch.Tensor:

@@ -65,13 +65,14 @@ class AdaptedModel:
             lora_dropout=config.dropout,
             target_modules=targets,
             bias="none",
-            task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if _config_of(base).is_encoder_decoder else "CAUSAL_LM",
         )
         try:
             self.module: nn.Module = get_peft_model(base, self.peft_config)  # type: ignore[arg-type]
         except ValueError as error:
             raise ModelError(
-                f"adapter.targets {config.targets!r} fits no layer of {type(base).__name__}: {error}"
+                f"adapter.targets {config.targets!r} fits no layer of {type(base).__name__}: "
+                f"{error}"
             ) from error
         self.base = base
         self.layers = _find_layers(self.module)
@@ -90,6 +91,11 @@ class AdaptedModel:
         return chosen
 
 
+def _config_of(base: nn.Module) -> Any:
+    """The Hugging Face configuration of a model."""
+    return base.config
+
+
 def _targets(base: nn.Module, config: AdapterConfig) -> str | list[str]:
     if isinstance(config.targets, list):
         return config.targets
@@ -102,8 +108,9 @@ def _targets(base: nn.Module, config: AdapterConfig) -> str | list[str]:
         if leaves.issuperset(names):
             return list(names)
     raise ModelError(
-        f"adapter.targets=qv: {type(base).__name__} has no query and value projections that accrete "
-        f"knows. Name the layers: adapter.targets=[...], from {', '.join(sorted(leaves)[:40])}."
+        f"adapter.targets=qv: {type(base).__name__} has no query and value projections that "
+        "accrete knows. Name the layers with adapter.targets=[...]; this model has "
+        f"{', '.join(sorted(leaves)[:40])}."
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from accrete.pipeline.distributed.engine import Engine
 from accrete.pipeline.models.lora import AdaptedLayer, AdaptedModel, Factors
@@ -95,7 +95,7 @@ class Past:
             if name not in self._branches:
                 return output
             a, b = self._branches[name]
-            delta = F.linear(F.linear(arguments[0].to(a.dtype), a), b)
+            delta = linear(linear(arguments[0].to(a.dtype), a), b)
             return output + delta.to(output.dtype)
 
         return hook

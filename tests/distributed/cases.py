@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accrete.pipeline import checkpoint
+from toys import make_parts
+
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
 from accrete.pipeline.models.lora import initial_factors, load_factors
 from accrete.pipeline.stage_runner import StageRunner
 from accrete.pipeline.train_task import train_task
-from toys import make_parts
 
 
 def losses(folder: Path) -> list[float]:
@@ -24,7 +25,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
-    """Two tasks through the stage runner: losses, the factors of both stages, the method's state."""
+    """Two tasks through the stage runner: losses, all factors, the method's state."""
     parts = make_parts(ranks, folder, **params)
     StageRunner(parts).run()
     parts.recorder.close()
@@ -81,6 +82,11 @@ COLLECTIVES = (
     "allreduce_coalesced",
     "allgather",
     "_allgather_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "all_to_all_single",
     "allgather_coalesced",
     "allgather_into_tensor_coalesced",
     "reduce",
@@ -108,10 +114,11 @@ def count_bytes(value: Any) -> int:
 
 @contextmanager
 def counted() -> Any:
-    """Count calls and bytes where every collective of torch and DeepSpeed ends: the process group."""
+    """Count calls and bytes where every collective ends: in the process group."""
     counts: Counter[str] = Counter()
     group = dist.ProcessGroup
-    originals = {name: getattr(group, name) for name in COLLECTIVES if hasattr(group, name)}
+    # The class's own descriptors: what getattr returns would no longer bind when put back.
+    originals = {name: vars(group)[name] for name in COLLECTIVES if name in vars(group)}
 
     def wrap(name: str, original: Any) -> Any:
         def call(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -121,8 +128,8 @@ def counted() -> Any:
 
         return call
 
-    for name, original in originals.items():
-        setattr(group, name, wrap(name, original))
+    for name in originals:
+        setattr(group, name, wrap(name, getattr(group, name)))
     try:
         yield counts
     finally:
@@ -140,6 +147,8 @@ def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
         stage.write_factors(initial_factors(parts.adapted, 3, 1))
     parts.engine.reset_optimizer()
     parts.method.on_task_start(stage)
+    # DeepSpeed checks its ZeRO-3 trace across ranks in the first steps after any other pass.
+    train_task(stage, parts.method, parts.recorder)
     with counted() as counts:
         train_task(stage, parts.method, parts.recorder)
     return {"counts": dict(counts)}
@@ -193,32 +202,48 @@ def reset(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     return outcome
 
 
-def resume(
-    ranks: Any, folder: Path, source: str | None, cut: int | None, **params: Any
-) -> dict[str, Any]:
-    """Run with step checkpoints; with `source`, go on from that run's checkpoint at `cut` steps."""
-    import shutil
+def interrupted(ranks: Any, folder: Path, cut: int, **params: Any) -> dict[str, Any]:
+    """A run that ends, as by a kill, just after its checkpoint at step `cut` of stage 1."""
 
-    if source is not None:
-        start = folder.parent / source / "run"
-        if ranks.rank == 0:
-            shutil.copytree(start, folder / "run")
-            for position in checkpoint.positions(folder / "run"):
-                if position.order > (1, cut):
-                    shutil.rmtree(folder / "run" / "checkpoints" / position.folder)
-            for name in ("events.jsonl", "stages/1"):
-                path = folder / "run" / name
-                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-        if ranks.world > 1:
-            dist.barrier()
+    class CutError(Exception):
+        pass
+
+    parts = make_parts(ranks, folder, **params)
+    runner = StageRunner(parts)
+    save = runner._save
+
+    def save_and_die(stage: Any, position: Any) -> None:
+        save(stage, position)
+        if position.stage == 1 and position.step == cut:
+            raise CutError
+
+    runner._save = save_and_die  # type: ignore[method-assign]
+    try:
+        runner.run()
+    except CutError:
+        pass
+    else:
+        raise AssertionError("the run was not cut")
+    parts.recorder.close()
+    return {}
+
+
+def resumed(ranks: Any, folder: Path, source: str, **params: Any) -> dict[str, Any]:
+    """Go on from what an interrupted run left; its events are dropped to see the new ones alone."""
+    if ranks.rank == 0:
+        shutil.copytree(folder.parent / source / "run", folder / "run")
+        (folder / "run" / "events.jsonl").unlink()
+    if ranks.world > 1:
+        dist.barrier()
     return sequence(ranks, folder, **params)
 
 
 def scoring(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     """Greedy exact match by one teacher-forced pass and by `generate`, row by row."""
+    from toys import ToyRows
+
     from accrete.pipeline.data.encode import EncodedRow
     from accrete.pipeline.view import LiveModel
-    from toys import ToyRows
 
     rows = ToyRows(5, 12, 4).all
     parts = make_parts(ranks, folder, learned=rows, **params)
@@ -287,7 +312,8 @@ CASES = {
         traffic,
         fisher,
         reset,
-        resume,
+        interrupted,
+        resumed,
         scoring,
         consolidation,
         rows,

@@ -137,33 +137,29 @@ RESUMED = {"model": "llama", "every_steps": 1, **METHODS["ewc_lora"]}
 CUT = 2
 
 
-def uninterrupted() -> list[Case]:
+def interruptions() -> list[Case]:
+    """The same run whole and cut, at every stage of ZeRO."""
     return [
-        Case(
-            f"whole-zero{zero}",
-            "resume",
-            {
-                **RESUMED,
-                "source": None,
-                "cut": None,
-                "zero": zero,
-                "micro": 4,
-            },
-        )
+        case
         for zero in STAGES
+        for case in (
+            Case(f"whole-zero{zero}", "sequence", {**RESUMED, "zero": zero, "micro": 4}),
+            Case(
+                f"cut-zero{zero}", "interrupted", {**RESUMED, "zero": zero, "micro": 4, "cut": CUT}
+            ),
+        )
     ]
 
 
 def resumes(world: int, pairs: list[tuple[int, int]]) -> list[Case]:
-    """Go on from a 2-rank checkpoint of stage `old` at stage `new`."""
+    """Go on from a 2-rank checkpoint of ZeRO stage `old` at ZeRO stage `new`."""
     return [
         Case(
             f"resumed-{old}-to-{new}",
-            "resume",
+            "resumed",
             {
                 **RESUMED,
-                "source": f"../world2/whole-zero{old}",
-                "cut": CUT,
+                "source": f"../world2/cut-zero{old}",
                 "zero": new,
                 "micro": BATCH // world,
             },
@@ -237,7 +233,7 @@ WORLDS: dict[int, list[Case]] = {
         *traffics(),
         *strengths((2, 3), 4),
         *resets(),
-        *uninterrupted(),
+        *interruptions(),
         *resumes(2, [(0, 0), (1, 1), (2, 2), (3, 3), (2, 3), (3, 0)]),
         *scorings((2, 3)),
         *consolidations((2, 3)),

@@ -83,6 +83,7 @@ def test_the_grad_attribute_is_a_silent_no_op(launches, zero):
 def fisher_by_autograd(model):
     """F from a trainable dense copy of every W, one row at a time."""
     import toys
+
     from accrete.pipeline.models.lora import AdaptedModel, initial_factors
     from accrete.pipeline.stage import aligned_logits, row_losses
 
@@ -143,6 +144,9 @@ def test_traffic_is_that_of_sequential(launches):
         for a, b in zip(with_penalty, without, strict=True):
             assert a["counts"] == b["counts"]
             assert sum(b["counts"].values()) > 0
+    # Control: the counter sees what ZeRO 3 gathers.
+    sharded = launches(2).result("traffic-sequential-zero3")[0]["counts"]
+    assert sum(n for name, n in sharded.items() if "gather" in name) > 0
 
 
 @pytest.mark.parametrize(("world", "zero"), [(1, None), (2, 2), (2, 3)])

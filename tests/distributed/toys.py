@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from accrete.pipeline.config.run import CheckpointConfig, EvalConfig, RunConfig, TrainConfig
 from accrete.pipeline.data.collate import Collator
 from accrete.pipeline.data.config import DataConfig, TaskConfig
@@ -24,11 +25,11 @@ from accrete.pipeline.models.config import AdapterConfig, ModelConfig
 from accrete.pipeline.models.load import ModelFacts
 from accrete.pipeline.models.lora import AdaptedModel
 from accrete.pipeline.models.past import Past
+from accrete.pipeline.parts import Parts
 from accrete.pipeline.records import Recorder
 from accrete.pipeline.run_dir import RunDir
 from accrete.pipeline.scoring import TaskScore
 from accrete.pipeline.stage import accumulation
-from accrete.pipeline.stage_runner import Parts
 
 VOCAB, PAD, EOS, BOS = 48, 0, 1, 2
 EPS = 1e-2

@@ -11,7 +11,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from data_samples import WriteRows
+from data_samples import Prepare, WriteRows, rows_of
+
+from accrete.pipeline.data.config import DataConfig, TaskConfig
+from accrete.pipeline.data.encode import Encoder
+from accrete.pipeline.data.prepare import prepare_sequence
 
 COMPACT = Path(__file__).parents[4] / "shared" / "data" / "compact"
 
@@ -116,3 +120,35 @@ def write_rows() -> WriteRows:
         return path
 
     return write
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, write_rows: WriteRows, t5_folder: str) -> Prepare:
+    """Prepare tasks whose files are made on demand; keyword arguments go to DataConfig."""
+
+    def run(*tasks: TaskConfig, seed: int = 0, progress: Any = None, **data: Any) -> Any:
+        for one in tasks:
+            for split, name in (one.files or {}).items():
+                path = tmp_path / str(name)
+                if not path.exists():
+                    start = 100 if split == "test" else 0
+                    write_rows(path, rows_of(20 if split == "train" else 8, start=start))
+        config = DataConfig(root=str(tmp_path), **data)
+        cache = tmp_path / "cache"
+        return prepare_sequence(list(tasks), config, t5_folder, True, cache, seed, progress)
+
+    return run
+
+
+@pytest.fixture
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that were tokenised from now on."""
+    sizes: list[int] = []
+    encode = Encoder.encode
+
+    def watch(self: Encoder, prompts: Any, answers: Any) -> Any:
+        sizes.append(len(prompts))
+        return encode(self, prompts, answers)
+
+    monkeypatch.setattr(Encoder, "encode", watch)
+    return sizes

@@ -162,6 +162,15 @@ def test_compact(tmp_path: Path, write_rows: WriteRows) -> None:
         describe_task(TaskConfig(name="yelp"), data)
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the cache of `datasets` inside the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+
+
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_layout_folder(tmp_path: Path, write_rows: WriteRows) -> None:
     """A local folder is opened by the same calls as a hub id."""
     folder = tmp_path / "somebody"
@@ -186,6 +195,7 @@ def test_hub_layout_folder(tmp_path: Path, write_rows: WriteRows) -> None:
         describe_task(wrong, data)
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_names_its_own_classes(tmp_path: Path) -> None:
     import datasets
 
@@ -204,6 +214,7 @@ def test_hub_names_its_own_classes(tmp_path: Path) -> None:
     assert describe_task(task, data).labels == ("down", "up")
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_hub_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from accrete.pipeline.config.run import EvalConfig
 from accrete.pipeline.data.collate import Batch
 from accrete.pipeline.data.encode import EncodedRow
 from accrete.pipeline.data.handle import TaskHandle
+from accrete.pipeline.data.shards import Layout, RowWriter
 from accrete.pipeline.errors import ConfigError, DataError
 from accrete.pipeline.scoring import TaskScore
 
@@ -42,6 +44,7 @@ class Case:
     model: Any
     rows: dict[str, ListedRows]
     handles: list[TaskHandle]
+    alone: dict[str, list[int]] = field(default_factory=dict)
 
     def evaluator(self, **config: Any) -> SequenceEvaluator:
         return SequenceEvaluator(
@@ -57,6 +60,8 @@ class Case:
 
     def generated_alone(self, row: EncodedRow) -> list[int]:
         """The oracle: greedy decoding of one prompt, with no collator, batch or padding."""
+        if row.id in self.alone:
+            return self.alone[row.id]
         prompt = torch.tensor([row.prompt])
         found = self.model.generate(
             input_ids=prompt,
@@ -64,7 +69,8 @@ class Case:
             max_new_tokens=MAX_NEW,
             do_sample=False,
         )
-        return until_end(found[0, 1 if self.kind == "t5" else prompt.shape[1] :].tolist())
+        new = found[0, 1 if self.kind == "t5" else prompt.shape[1] :].tolist()
+        return self.alone.setdefault(row.id, until_end(new))
 
 
 def make_rows(name: str, kind: str, number: int) -> ListedRows:
@@ -83,10 +89,11 @@ def make_rows(name: str, kind: str, number: int) -> ListedRows:
 
 @pytest.fixture(scope="module", params=["t5", "llama"])
 def case(request: pytest.FixtureRequest) -> Case:
+    torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
     kind: str = request.param
     rows = {"a": make_rows("a", kind, 30), "b": make_rows("b", kind, 17)}
     model = tiny_model(kind)
-    learn(model, rows["a"].take(range(15)) + rows["b"].take(range(8)), collator(kind), 60)
+    learn(model, rows["a"].take(range(15)) + rows["b"].take(range(8)), collator(kind), 50)
     return Case(kind, model, rows, [handle("a", num_rows=30), handle("b", num_rows=17)])
 
 
@@ -95,11 +102,13 @@ def correct(score: TaskScore) -> list[bool]:
 
 
 def test_forward_equals_decoding_each_row_alone(case: Case) -> None:
-    scores = case.evaluator().__call__(case.view(), case.handles)
+    scores = case.evaluator()(case.view(), case.handles)
     hits = misses = 0
     for score in scores:
         rows = case.rows[score.task]
-        for i, (row, scored) in enumerate(zip(rows.take(range(len(rows))), score.rows, strict=True)):
+        for i, (row, scored) in enumerate(
+            zip(rows.take(range(len(rows))), score.rows, strict=True)
+        ):
             wanted = case.generated_alone(row) == row.answer[:-1]
             assert scored.correct is wanted, (score.task, i)
             assert scored.score == float(wanted)
@@ -121,7 +130,9 @@ def test_scores_are_means_in_file_order(case: Case) -> None:
     scores = case.evaluator()(case.view(), case.handles)
     assert [score.task for score in scores] == ["a", "b"]
     for score in scores:
-        assert [row.id for row in score.rows] == [f"{score.task}-{i}" for i in range(len(score.rows))]
+        assert [row.id for row in score.rows] == [
+            f"{score.task}-{i}" for i in range(len(score.rows))
+        ]
         assert score.score == pytest.approx(100 * sum(correct(score)) / len(score.rows))
         assert score.seconds > 0
 
@@ -208,7 +219,8 @@ def test_any_reference_counts(case: Case) -> None:
         for row in rows.take(range(30))
     ]
     references = [(rows.references(i)[0], "w1 w2", said[i], "w3") for i in range(30)]
-    many = Case(case.kind, case.model, {"a": ListedRows(rows.take(range(30)), references)}, [])
+    listed = {"a": ListedRows(rows.take(range(30)), references)}
+    many = Case(case.kind, case.model, listed, [])
     (score,) = many.evaluator()(many.view(), case.handles[:1])
     by_oracle = [
         case.generated_alone(row) == row.answer[:-1] or len(case.generated_alone(row)) < MAX_NEW
@@ -309,3 +321,21 @@ def test_progress_is_told(case: Case) -> None:
     )
     evaluator(case.view(), case.handles)
     assert told == [(k + 1, len(told)) for k in range(len(told))]
+
+
+def test_prepared_folders_score_like_rows_in_memory(case: Case, tmp_path: Path) -> None:
+    handles = []
+    for task in case.handles:
+        folder = tmp_path / task.name
+        rows = case.rows[task.name]
+        writer = RowWriter(folder, Layout(), None)
+        numbers = range(len(rows))
+        writer.add(rows.take(numbers), [rows.references(i) for i in numbers])
+        writer.close().write(folder)
+        handles.append(replace(task, eval_dir=str(folder)))
+    config = EvalConfig(batch_tokens=64, decode_misses=True)
+    evaluator = SequenceEvaluator(config, collator(case.kind), word_tokenizer(), MAX_NEW)
+    wanted = case.evaluator(decode_misses=True)(case.view(), case.handles)
+    for _ in range(2):  # the second time from the open tasks
+        found = evaluator(case.view(), handles)
+        assert [score.rows for score in found] == [score.rows for score in wanted]

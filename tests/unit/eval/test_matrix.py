@@ -277,7 +277,8 @@ def test_wrong_shapes_are_refused(tasks: Any, rows: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"tasks": ["a"]}, {"tasks": ["a"], "matrix": [["x"]]}, {"tasks": 3, "matrix": 4}]
+    "content",
+    [{}, {"tasks": ["a"]}, {"tasks": ["a"], "matrix": [["x"]]}, {"tasks": 3, "matrix": 4}],
 )
 def test_a_damaged_file_is_a_clear_error(content: dict[str, Any]) -> None:
     with pytest.raises(RunFolderError, match=r"matrix\.json"):

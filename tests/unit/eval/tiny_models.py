@@ -139,7 +139,7 @@ class CountingView:
     ranks: Ranks | None = None
     calls: list[tuple[str, int, int]] = field(default_factory=list)
     """What was called, real rows, padded tokens."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
