@@ -95,9 +95,9 @@ def _apply(stage: StageCost, event: Mapping[str, Any]) -> None:
         stage.checkpoint_seconds = (stage.checkpoint_seconds or 0.0) + seconds
     elif kind == "stage_finished":
         stage.state = "finished"
-        stage.train_seconds = _number(event, "train_seconds")
         stage.score_seconds = _number(event, "score_seconds")
     if kind in ("consolidated", "stage_finished"):
+        stage.train_seconds = _number(event, "train_seconds") or stage.train_seconds
         for name in ("state_bytes", "method_state_bytes"):
             stage.state_bytes = _count(event, name) or stage.state_bytes
         consolidate = _number(event, "consolidate_seconds")

@@ -73,10 +73,16 @@ def metric_intervals(resampled: Array) -> dict[str, Interval | None]:
 
 
 def interval(values: Array) -> Interval | None:
-    """The middle 95 % of `values`; None if any of them is undefined."""
+    """The middle 95 % of `values`; None if one is undefined or they are all the same.
+
+    Where every row is right, or every row wrong, resampling repeats it: an interval without width
+    would claim a certainty that a few rows do not give.
+    """
     if values.size == 0 or not np.all(np.isfinite(values)):
         return None
     low, high = np.quantile(values, [0.025, 0.975])
+    if low == high:
+        return None
     return Interval(low=float(low), high=float(high))
 
 

@@ -50,6 +50,8 @@ def worker_environment(procs: int, device: str, base: Mapping[str, str]) -> dict
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(_free_port()),
         TOKENIZERS_PARALLELISM="false",
+        # Libraries' own progress bars would break into ours.
+        TQDM_DISABLE="1",
     )
     environment[PARENT_VARIABLE] = str(os.getpid())
     # PyTorch would start one thread per core in every process, and they would fight for the cores.

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from accrete.launch.failures import report_failure
@@ -37,6 +38,9 @@ def main() -> None:
     """Run one rank and end the process with its status."""
     die_with_parent()
     faulthandler.enable()
+    # Between libraries; nobody who runs a recipe can do anything about them.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
     parser = argparse.ArgumentParser(prog="python -m accrete.launch.worker")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="changes of a resumed run")

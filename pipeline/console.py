@@ -109,7 +109,6 @@ class _LiveBars:
         if self._task is None or self._run is None:
             self._task = self._bars.add_task("", details="")
             self._run = self._bars.add_task("", details="")
-            self._bars.start()
         if kind == Event.STEP or now.step < now.stage_steps:
             details = f"{now.step}/{now.stage_steps}  {_speed_details(now)}"
         else:
@@ -129,6 +128,7 @@ class _LiveBars:
             total=max(1, now.steps_total),
             details=f"{now.steps_done}/{now.steps_total}  eta {_run_eta(now)}",
         )
+        self._bars.start()  # at the first call: the bars never appear empty
 
     def stop(self) -> None:
         self._bars.stop()
@@ -146,9 +146,8 @@ def _run_eta(now: Progress) -> str:
 
 
 def _loss_and_speed(now: Progress) -> str:
-    loss = "n/a" if now.loss is None else f"{now.loss:.3f}"
-    speed = "" if now.tokens_per_s is None else f"  {format_count(now.tokens_per_s)} tok/s"
-    return f"loss {loss}{speed}"
+    loss = "" if now.loss is None else f"loss {now.loss:.3f}  "
+    return loss + ("" if now.tokens_per_s is None else f"{format_count(now.tokens_per_s)} tok/s  ")
 
 
 def _task_eta(now: Progress) -> str:
@@ -156,12 +155,12 @@ def _task_eta(now: Progress) -> str:
 
 
 def _step_details(now: Progress) -> str:
-    return f"{_loss_and_speed(now)}  eta task {_task_eta(now)}  run {_run_eta(now)}"
+    return f"{_loss_and_speed(now)}eta task {_task_eta(now)}  run {_run_eta(now)}"
 
 
 def _speed_details(now: Progress) -> str:
-    step = "" if now.step_seconds is None else f"  {now.step_seconds:.2g} s/step"
-    return f"{_loss_and_speed(now)}{step}  eta {_task_eta(now)}"
+    step = "" if now.step_seconds is None else f"{now.step_seconds:.2g} s/step  "
+    return f"{_loss_and_speed(now)}{step}eta {_task_eta(now)}"
 
 
 def _started_line(now: Progress, event: Mapping[str, Any]) -> str:

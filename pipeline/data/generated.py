@@ -67,15 +67,24 @@ def classes(name: str, count: int) -> dict[str, int]:
 
 
 @functools.cache
-def ranks(name: str) -> dict[str, int]:
-    """A total order of the words, a different one for every name."""
-    order = list(WORDS)
-    random.Random(f"accrete ranks {name}").shuffle(order)
-    return {word: index for index, word in enumerate(order)}
+def members(name: str, count: int) -> tuple[tuple[str, ...], ...]:
+    """The words of every class of `classes(name, count)`."""
+    sorting = classes(name, count)
+    return tuple(tuple(word for word in WORDS if sorting[word] == k) for k in range(count))
 
 
-def sentence(words: Sequence[str], rng: random.Random) -> str:
-    """Three words in one of the language's sentence frames."""
+def mixed_sentence(name: str, count: int, target: int, rng: random.Random) -> str:
+    """A sentence with three words, two or all of them of class `target` of `classes(name, count)`.
+
+    The class of most words is thereby `target`.
+    """
+    inside = members(name, count)[target]
+    words = rng.sample(inside, 2)
+    other = target
+    if rng.random() < 0.5:
+        other = (target + 1 + rng.randrange(count - 1)) % count
+    words.append(rng.choice([word for word in members(name, count)[other] if word not in words]))
+    rng.shuffle(words)
     return rng.choice(_FRAMES).format(*words)
 
 
@@ -99,31 +108,19 @@ class GeneratedTask:
     draw: Draw
 
 
-def _majority(
-    name: str, labels: tuple[str, ...]
-) -> Draw:
+def _majority(name: str, labels: tuple[str, ...]) -> Draw:
     """Sentences whose label is the class of most of their three words."""
-    sorting = classes(name, len(labels))
-    by_label = {
-        label: [word for word in WORDS if sorting[word] == index]
-        for index, label in enumerate(labels)
-    }
 
     def draw(rng: random.Random, label: str) -> tuple[str, str]:
-        words = rng.sample(by_label[label], 2 + (rng.random() < 0.5))
-        if len(words) == 2:
-            words.append(rng.choice([w for w in WORDS if w not in by_label[label]]))
-        rng.shuffle(words)
-        return sentence(words, rng), label
+        return mixed_sentence(name, len(labels), labels.index(label), rng), label
 
     return draw
 
 
 def _presence(name: str) -> Draw:
     """Lists of words; `yes` if one of them belongs to a certain quarter of the language."""
-    sorting = classes(name, 4)
-    inside = [word for word in WORDS if sorting[word] == 0]
-    outside = [word for word in WORDS if sorting[word] != 0]
+    inside, *others = members(name, 4)
+    outside = [word for group in others for word in group]
 
     def draw(rng: random.Random, label: str) -> tuple[str, str]:
         words = rng.sample(outside, 3)
@@ -136,9 +133,7 @@ def _presence(name: str) -> Draw:
 
 def _comparison(name: str) -> Draw:
     """Pairs of a high and a low word; `yes` if the high one comes first."""
-    sorting = classes(name, 2)
-    high = [word for word in WORDS if sorting[word] == 1]
-    low = [word for word in WORDS if sorting[word] == 0]
+    low, high = members(name, 2)
 
     def draw(rng: random.Random, label: str) -> tuple[str, str]:
         pair = [rng.choice(high), rng.choice(low)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accrete.eval.matrix import (
@@ -18,6 +18,8 @@ from accrete.eval.matrix import (
 )
 from accrete.pipeline.errors import RunFolderError
 
+STEADY = settings(deadline=None, derandomize=True)
+"""No time limit for one example: test machines are shared."""
 LOGGED = Path(__file__).resolve().parents[4] / "shared/data/olora_logged_matrices.json"
 needs_logs = pytest.mark.skipif(not LOGGED.is_file(), reason="../shared/data is not here")
 
@@ -165,6 +167,7 @@ def test_forward_transfer_needs_both_measurements() -> None:
     assert gap.metrics()["forward_transfer"] is None
 
 
+@STEADY
 @given(triangles())
 def test_equals_the_oracle(rows: list[list[float]]) -> None:
     found, wanted = build(rows).metrics(), oracle(rows)
@@ -176,6 +179,7 @@ def test_equals_the_oracle(rows: list[list[float]]) -> None:
             assert found[name] == pytest.approx(value, abs=1e-9)
 
 
+@STEADY
 @given(st.lists(triangles(smallest=3), min_size=1, max_size=3), st.integers(3, 3))
 def test_a_stack_of_matrices_gives_each_ones_metrics(
     many: list[list[list[float]]], size: int
@@ -187,6 +191,7 @@ def test_a_stack_of_matrices_gives_each_ones_metrics(
         np.testing.assert_allclose(metric(stack), np.array(wanted, dtype=float), atol=1e-9)
 
 
+@STEADY
 @given(triangles(smallest=2))
 def test_relations_between_metrics(rows: list[list[float]]) -> None:
     metrics = build(rows).metrics()
@@ -199,6 +204,7 @@ def test_relations_between_metrics(rows: list[list[float]]) -> None:
     assert variant <= min(0.0, transfer * (len(rows) - 1) / len(rows)) + 1e-9
 
 
+@STEADY
 @given(st.integers(2, 7), st.floats(0, 100))
 def test_a_constant_matrix_neither_forgets_nor_gains(size: int, score: float) -> None:
     metrics = build([[score] * (t + 1) for t in range(size)]).metrics()
@@ -208,6 +214,7 @@ def test_a_constant_matrix_neither_forgets_nor_gains(size: int, score: float) ->
         assert metrics[name] == pytest.approx(score)
 
 
+@STEADY
 @given(triangles(smallest=2), st.randoms())
 def test_a_missing_cell_is_never_guessed(rows: list[list[float]], draw: Any) -> None:
     """Scores of a cell that a metric ignores may be missing; those of any other must not."""
@@ -226,6 +233,7 @@ def test_a_missing_cell_is_never_guessed(rows: list[list[float]], draw: Any) -> 
             assert value == pytest.approx(oracle(other)[name])
 
 
+@STEADY
 @given(triangles())
 def test_json_round_trip(rows: list[list[float]]) -> None:
     size = len(rows)

@@ -177,7 +177,13 @@ def test_ledger_counts_each_step_and_score_once() -> None:
         {**step, "step": 3, "loss": None},
         {"event": "checkpoint", "stage": 0, "step": 2, "seconds": 0.25},
         {"event": "checkpoint", "stage": 0, "step": 3, "seconds": 0.25},
-        {"event": "consolidated", "stage": 0, "seconds": 4.0, "state_bytes": 1024},
+        {
+            "event": "consolidated",
+            "stage": 0,
+            "seconds": 4.0,
+            "train_seconds": 1.75,
+            "state_bytes": 1024,
+        },
         scored,
         scored,
         {"event": "scored", "stage": -1, "task": "b", "moment": "untrained", "seconds": 9.0},
@@ -188,7 +194,7 @@ def test_ledger_counts_each_step_and_score_once() -> None:
     first, second = ledger.stages
     assert (first.steps, first.planned_steps, first.rows, first.tokens) == (3, 3, 12, 300)
     assert first.tokens_per_second == pytest.approx(200)
-    assert (first.train_seconds, first.score_seconds) == (1.5, 2.0)
+    assert (first.train_seconds, first.score_seconds) == (1.75, 2.0)
     assert (first.consolidate_seconds, first.checkpoint_seconds) == (4.0, 0.5)
     assert (first.state, first.state_bytes) == ("finished", 1024)
     assert [point.loss for point in ledger.losses] == [3.0, 2.0]
