@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from accrete.pipeline.distributed.comm import Ranks
     from accrete.pipeline.distributed.engine import Engine
     from accrete.pipeline.models.lora import AdaptedModel
-    from accrete.pipeline.records import Recorder
     from accrete.pipeline.parts import Parts, Scores
+    from accrete.pipeline.records import Recorder
 
 
 def execute(run_dir: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -64,8 +64,8 @@ def build(
     from accrete.pipeline.models.load import base_dtype, load_base, read_facts
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.models.past import Past, choose_mode
-    from accrete.pipeline.records import Recorder
     from accrete.pipeline.parts import Parts
+    from accrete.pipeline.records import Recorder
 
     prepared = read_json(run.prepared)
     model_path = str(prepared["model_path"])

@@ -17,7 +17,7 @@ class ModelConfig:
     builder: Literal["tiny_t5", "tiny_llama", "small_t5"] | None = None
     """A model that accrete makes itself, once, and keeps in its cache."""
     builder_data: str | None = None
-    """`small_t5` only: folder of real rows in the compact format to learn vocabulary and words from."""
+    """`small_t5` only: folder of real rows (compact format) to learn vocabulary and words from."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None

@@ -29,7 +29,8 @@ def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     parts = make_parts(ranks, folder, **params)
     StageRunner(parts).run()
     parts.recorder.close()
-    result: dict[str, Any] = {"bytes": parts.method.state_bytes()}
+    kinds = {str(parts.engine.value(name).dtype) for name in parts.engine.parameters}
+    result: dict[str, Any] = {"bytes": parts.method.state_bytes(), "dtypes": sorted(kinds)}
     result.update({f"state/{k}": v for k, v in parts.method.state_dict().items()})
     if ranks.rank == 0:
         result["losses"] = losses(folder)

@@ -168,6 +168,19 @@ def resumes(world: int, pairs: list[tuple[int, int]]) -> list[Case]:
     ]
 
 
+CLIPPED = {"model": "llama", "train": {"max_grad_norm": 0.05}, **METHODS["ewc_lora"]}
+HALF = {"model": "llama", "dtype": "bf16", "past": "branch", **METHODS["ewc_lora"]}
+
+
+def precisions() -> list[Case]:
+    """Clipping, and a frozen base in bf16 with fp32 factors, at every stage of ZeRO."""
+    return [
+        Case(f"{name}-zero{zero}", "sequence", {**params, "zero": zero, "micro": 4})
+        for name, params in (("clipped", CLIPPED), ("half", HALF))
+        for zero in STAGES
+    ]
+
+
 def scorings(zeros: tuple[int | None, ...]) -> list[Case]:
     return [
         Case(
@@ -208,6 +221,7 @@ WORLDS: dict[int, list[Case]] = {
     1: [
         *plain("sequential", **METHODS["sequential"]),
         *plain("ewc_lora", **METHODS["ewc_lora"]),
+        *plain("inc", method="inc_lora"),
         *plain("branch", past="branch", **METHODS["ewc_lora"]),
         *plain("per_batch", method="ewc_lora", settings={"fisher": "per_batch", "lambda_": 3e3}),
         *plain("checkpointed", checkpointing=True, **METHODS["ewc_lora"]),
@@ -222,6 +236,8 @@ WORLDS: dict[int, list[Case]] = {
             for m in MODELS
         ],
         *strengths((None,), 4),
+        Case("clipped-plain", "sequence", {**CLIPPED, "zero": None, "micro": 8}),
+        Case("half-plain", "sequence", {**HALF, "zero": None, "micro": 8}),
         *scorings((None,)),
         *consolidations((None,)),
         Case("rows-5", "rows", {"count": 5}),
@@ -235,6 +251,7 @@ WORLDS: dict[int, list[Case]] = {
         *resets(),
         *interruptions(),
         *resumes(2, [(0, 0), (1, 1), (2, 2), (3, 3), (2, 3), (3, 0)]),
+        *precisions(),
         *scorings((2, 3)),
         *consolidations((2, 3)),
         Case(

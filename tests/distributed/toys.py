@@ -158,6 +158,7 @@ def make_parts(
     checkpointing: bool = False,
     evaluator: Any = None,
     learned: list[EncodedRow] | None = None,
+    dtype: str = "fp32",
 ) -> Parts:
     """All pieces of a two-task run on a toy model; zero None is the plain engine."""
     method_class, config_class = METHODS[method]
@@ -171,6 +172,8 @@ def make_parts(
         every_steps=every_steps,
     )
     base = base_model(model)
+    if dtype == "bf16":
+        base.to(torch.bfloat16)
     if learned is not None:
         memorise(base, learned, model)
     if checkpointing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from accrete.pipeline.distributed.comm import row_block
 from accrete.pipeline.math import fisher
 
