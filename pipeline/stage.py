@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,8 @@ class Stage:
 
     index: int
     """Stage number from 0."""
-    tasks: list[TaskHandle]
-    """The tasks this stage trains on; one, except for joint training."""
+    task: TaskHandle
+    """The task that is new at this stage."""
     config: RunConfig
     engine: Engine
     adapted: AdaptedModel
@@ -36,6 +36,8 @@ class Stage:
     facts: ModelFacts
     collator: Collator
     rows: TrainRows
+    rows_of: Callable[[int], TrainRows]
+    """Training rows of any task of the sequence, by its number."""
     steps: int
     """Optimizer steps of this stage."""
     step: int = 0
@@ -45,8 +47,8 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The task's name; several joined by `+`."""
-        return "+".join(task.name for task in self.tasks)
+        """The task's name."""
+        return self.task.name
 
     def factors(self) -> Factors:
         """The live (A, B) of every layer, whole, fp32. Collective: yes."""

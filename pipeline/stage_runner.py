@@ -80,7 +80,7 @@ class StageRunner:
         rows = self.parts.open_rows(task, index)
         stage = Stage(
             index=index,
-            tasks=[task],
+            task=task,
             config=self.config,
             engine=self.engine,
             adapted=self.parts.adapted,
@@ -88,6 +88,7 @@ class StageRunner:
             facts=self.parts.facts,
             collator=self.parts.collator,
             rows=rows,
+            rows_of=lambda other: self.parts.open_rows(self.parts.tasks[other], other),
             steps=0,
         )
         stage.rows = self.parts.method.wrap_data(stage, rows)
@@ -107,7 +108,7 @@ class StageRunner:
                 steps=stage.steps,
                 rows=stage.rows.num_rows,
             )
-        if method.fresh_adapter or not self.carried:
+        if method.fresh_adapter or method.restarts or not self.carried:
             stage.write_factors(initial_factors(self.parts.adapted, self.config.seed, index))
         self.engine.reset_optimizer()
         method.on_task_start(stage)

@@ -49,11 +49,29 @@ def _sort(rng: random.Random) -> Example:
     code, count = CODES[index], (2, 2, 4)[index % 3]
     labels = _labels(code, count)
     target = rng.randrange(count)
+    question = rng.choice(("Sort by {}.", "Which {} is it about?", "Say what {} this tale has."))
     return Example(
-        instruction=f"Sort by {code}.",
+        instruction=question.format(code),
         labels=labels,
         input=mixed_sentence(f"code {code}", count, target, rng),
         output=labels[target],
+    )
+
+
+def _find(rng: random.Random) -> Example:
+    """Whether a list holds a word of a certain quarter of the language, under a code."""
+    code = rng.choice(CODES)
+    inside, *others = members(f"find {code}", 4)
+    labels = _labels(f"find {code}", 2)
+    there = rng.randrange(2)
+    words = rng.sample([word for group in others for word in group], 3)
+    if there:
+        words[rng.randrange(3)] = rng.choice(inside)
+    return Example(
+        instruction=f"Look for a {code} in it.",
+        labels=labels,
+        input=enumerate_words(words),
+        output=labels[there],
     )
 
 
@@ -65,7 +83,7 @@ def _compare(rng: random.Random) -> Example:
     first = rng.randrange(2)
     pair = [rng.choice(sorting[first]), rng.choice(sorting[1 - first])]
     return Example(
-        instruction=f"Compare by {code}.",
+        instruction=f"Compare both by {code}.",
         labels=labels,
         input=enumerate_words(pair),
         output=labels[first],
@@ -87,9 +105,10 @@ def _copy(rng: random.Random) -> Example:
 
 
 _KINDS: tuple[tuple[Callable[[random.Random], Example], int], ...] = (
-    (_sort, 6),
+    (_sort, 5),
+    (_find, 2),
     (_compare, 3),
-    (_copy, 5),
+    (_copy, 4),
 )
 """What is drawn, and how often."""
 
@@ -100,5 +119,3 @@ def pretraining_examples(seed: int) -> Iterator[Example]:
     kinds = [kind for kind, weight in _KINDS for _ in range(weight)]
     while True:
         yield rng.choice(kinds)(rng)
-
-

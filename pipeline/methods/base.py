@@ -7,8 +7,8 @@ use collectives as long as every rank does.
 Checked on paper against all methods of this field that accrete plans (docs/concepts.md has the
 table): additive penalties use `before_backward`, gradient projections register hooks in
 `on_task_start`, update projections use `before_step`/`after_step`, auxiliary losses `loss_terms`,
-statistics the passes in `on_task_start`/`on_task_end`, replay `wrap_data`, joint training
-`stage_groups`, full tuning `trainable`.
+statistics the passes in `on_task_start`/`on_task_end`, replay `wrap_data`, joint and per-task
+training `restarts` (the former with `wrap_data` over `stage.rows_of`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Method:
     fresh_adapter: ClassVar[bool] = True
     """True: every task trains new factors and the finished ones join the past.
     False: one adapter is trained through all tasks."""
+    restarts: ClassVar[bool] = False
+    """True: every stage starts from the untrained model (with `fresh_adapter` False)."""
     peeks: ClassVar[bool] = False
     """True: `before_backward` reads factors with `engine.peek`."""
 
@@ -52,10 +54,6 @@ class Method:
 
     def bind(self, rank: int, world: int, device: torch.device) -> None:
         """Where this process stands; called once, before every other hook."""
-
-    def stage_groups(self, num_tasks: int) -> list[list[int]]:
-        """Tasks that each stage trains on; by default one task per stage, in order."""
-        return [[index] for index in range(num_tasks)]
 
     def trainable(self, factor: str) -> bool:
         """Whether factor `"A"` or `"B"` is trained; a frozen one keeps what a method wrote."""
@@ -75,7 +73,7 @@ class Method:
         """
 
     def wrap_data(self, stage: Stage, rows: TrainRows) -> TrainRows:
-        """The rows to train on."""
+        """The rows to train on: this task's, or a mix with those of `stage.rows_of(earlier)`."""
         return rows
 
     def before_step(self, stage: Stage) -> None:

@@ -34,9 +34,10 @@ class EwcLoraConfig(MethodConfig):
     """Settings of EWC-LoRA."""
 
     kind: str = "ewc_lora"
-    lambda_: Annotated[float, Field(ge=0)] = 1e4
-    """Weight of the penalty. It belongs to the estimator: the reference's 1e7 was for batch means
-    of 128 images; search it on dev rows."""
+    lambda_: Annotated[float, Field(ge=0)] = 100.0
+    """Weight of the penalty: search it on dev rows, on a grid of powers of ten. It belongs to the
+    estimator and the loss (here per sequence, and a mean over label tokens): the reference's 1e7
+    was for squared means of 128 images."""
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     """F_cum <- gamma F_cum + F_t."""
     fisher: Literal["per_sequence", "per_batch"] = "per_sequence"

@@ -49,4 +49,3 @@ class AdapterConfig:
     past: Literal["auto", "fold", "branch"] = "auto"
     """How finished tasks enter the forward: `fold`ed into the base weights or as one concatenated
     low-rank `branch` beside them; auto folds an fp32 base and keeps a branch for a bf16 one."""
-

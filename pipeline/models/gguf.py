@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.cache import Progress, build_once, content_key
+from accrete.pipeline.models.saving import save_model_folder
 
 PACKAGES = ("gguf", "tokenizers", "transformers")
 
@@ -46,7 +47,9 @@ def convert_gguf(
         source = str(folder)
     key = content_key(identity, files=[Path(__file__)], packages=PACKAGES)
     target = cache / "models" / f"gguf-{Path(gguf_file).stem}-{key}"
-    return build_once(target, partial(write_folder, source, gguf_file, revision, progress), progress)
+    return build_once(
+        target, partial(write_folder, source, gguf_file, revision, progress), progress
+    )
 
 
 def write_folder(
@@ -89,5 +92,4 @@ def write_folder(
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
-    plain.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_model_folder(plain, tokenizer, out)

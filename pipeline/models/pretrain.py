@@ -10,16 +10,17 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from accrete.pipeline.data.collate import Collator
+from accrete.pipeline.data.encode import EncodedRow, Encoder
 from accrete.pipeline.stage import aligned_logits, row_losses
 
 if TYPE_CHECKING:
-    from accrete.pipeline.data.collate import Collator
-    from accrete.pipeline.data.encode import EncodedRow
+    from accrete.pipeline.data.prompts import Prompt
     from accrete.pipeline.models.cache import Progress
 
 WINDOW = 8
@@ -54,6 +55,31 @@ def one_thread(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+def encode_pairs(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[Prompt, str]],
+    source_tokens: int,
+    target_tokens: int,
+) -> tuple[list[EncodedRow], Collator]:
+    """Prompts and answers as rows of the model's kind, and what makes batches of them."""
+    seq2seq = bool(model.config.is_encoder_decoder)
+    encoder = Encoder(
+        tokenizer,
+        seq2seq=seq2seq,
+        max_source_tokens=source_tokens,
+        max_target_tokens=target_tokens,
+    )
+    encoded = encoder.encode([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+    rows = [
+        EncodedRow(str(index), encoding.prompt, encoding.answer, index)
+        for index, encoding in enumerate(encoded)
+        if encoding.fits
+    ]
+    start = model.config.decoder_start_token_id if seq2seq else None
+    return rows, Collator(seq2seq, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
 
 
 def pretrain(
@@ -103,9 +129,7 @@ def pretrain(
     return value
 
 
-def _batches(
-    rows: Sequence[EncodedRow], settings: PretrainSettings
-) -> Iterator[list[EncodedRow]]:
+def _batches(rows: Sequence[EncodedRow], settings: PretrainSettings) -> Iterator[list[EncodedRow]]:
     """Endless batches, shuffled every pass, of rows of about the same length."""
     rng = random.Random(f"accrete batches {settings.seed}")
     size = min(settings.batch_size, len(rows))

@@ -19,8 +19,8 @@ from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.cache import Progress, build_once, content_key, in_cache
 
 if TYPE_CHECKING:
+    from accrete.pipeline.data.prompts import Prompt
     from accrete.pipeline.models.config import ModelConfig
-    from accrete.pipeline.models.pretrain import PretrainSettings
 
 PACKAGES = ("sentencepiece", "tokenizers", "torch", "transformers")
 """Distributions whose versions may change the bytes of a built model."""
@@ -101,10 +101,10 @@ def build_tiny(name: str, settings: TinySettings, cache: Path, progress: Progres
         progress: Told how far it is.
     """
     from accrete.pipeline.data import generated, pretraining, prompts
-    from accrete.pipeline.models import build_tokenizer, pretrain
+    from accrete.pipeline.models import build_tokenizer, new_models, pretrain
 
     lines = _lines(settings)
-    sources = [generated, pretraining, prompts, build_tokenizer, pretrain]
+    sources = [generated, pretraining, prompts, build_tokenizer, new_models, pretrain]
     key = content_key(
         asdict(settings),
         texts=lines,
@@ -117,27 +117,25 @@ def build_tiny(name: str, settings: TinySettings, cache: Path, progress: Progres
 
 def _build(settings: TinySettings, lines: Sequence[str], progress: Progress, folder: Path) -> None:
     from accrete.pipeline.models.build_tokenizer import build_bpe, build_unigram, frequent_words
-    from accrete.pipeline.models.pretrain import PretrainSettings, one_thread
+    from accrete.pipeline.models.new_models import Shape, new_llama, new_t5
+    from accrete.pipeline.models.pretrain import one_thread
+    from accrete.pipeline.models.saving import save_model_folder
 
     progress("Making a tiny model (once, then it is in the cache) ...")
     if settings.kind == "t5":
         tokenizer = build_unigram(lines, settings.vocab_size, frequent_words(lines, least=20))
     else:
         tokenizer = build_bpe(lines, settings.vocab_size)
+    shape = Shape(
+        width=settings.width, layers=settings.layers, heads=settings.heads, inner=settings.inner
+    )
     with one_thread(settings.seed):
-        model = (_new_t5 if settings.kind == "t5" else _new_llama)(settings, len(tokenizer))
-        training = PretrainSettings(
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-        )
-        _pretrain(model, tokenizer, settings, training, progress)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        model = (new_t5 if settings.kind == "t5" else new_llama)(shape, len(tokenizer))
+        _pretrain(model, tokenizer, settings, progress)
+    save_model_folder(model, tokenizer, folder)
 
 
-def _prompts(count: int, seed: int) -> list[tuple[Any, str]]:
+def _prompts(count: int, seed: int) -> list[tuple[Prompt, str]]:
     """Pre-training prompts in the `plain` template, with their answers."""
     from accrete.pipeline.data.examples import TaskInfo
     from accrete.pipeline.data.pretraining import pretraining_examples
@@ -172,95 +170,15 @@ def _lines(settings: TinySettings) -> list[str]:
     return lines + [word for word in WORDS for _ in range(20)]
 
 
-def _new_t5(settings: TinySettings, vocab_size: int) -> Any:
-    """A gated-GELU T5 whose encoder heads start out looking at places.
+def _pretrain(model: Any, tokenizer: Any, settings: TinySettings, progress: Progress) -> None:
+    from accrete.pipeline.models.pretrain import PretrainSettings, encode_pairs, pretrain
 
-    Head 0 of four looks one token to the left, head 1 one to the right, head 2 around, head 3
-    anywhere. Positions in T5 are only learned biases; from flat ones a model of this size needs
-    many minutes to discover order at all.
-    """
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    buckets = 32
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=vocab_size,
-            d_model=settings.width,
-            d_kv=settings.width // settings.heads,
-            d_ff=settings.inner,
-            num_layers=settings.layers,
-            num_decoder_layers=settings.layers,
-            num_heads=settings.heads,
-            relative_attention_num_buckets=buckets,
-            relative_attention_max_distance=64,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
-    attention = model.encoder.block[0].layer[0].SelfAttention
-    bias = attention.relative_attention_bias.weight
-    right = buckets // 2
-    with torch.no_grad():
-        for head in range(settings.heads):
-            if head % 4 == 0:
-                bias[1, head] += 3.0
-            elif head % 4 == 1:
-                bias[right + 1, head] += 3.0
-            elif head % 4 == 2:
-                bias[1:4, head] += 1.5
-                bias[right + 1 : right + 4, head] += 1.5
-    return model
-
-
-def _new_llama(settings: TinySettings, vocab_size: int) -> Any:
-    """A LLaMA with two query heads for each key-value head and tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=settings.width,
-            intermediate_size=settings.inner,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads // 2,
-            max_position_embeddings=512,
-            # The usual 0.02 is for wide models; at this width training would hardly start.
-            initializer_range=0.08,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-
-
-def _pretrain(
-    model: Any,
-    tokenizer: Any,
-    settings: TinySettings,
-    training: PretrainSettings,
-    progress: Progress,
-) -> None:
-    from accrete.pipeline.data.collate import Collator
-    from accrete.pipeline.data.encode import EncodedRow, Encoder
-    from accrete.pipeline.models.pretrain import pretrain
-
-    seq2seq = settings.kind == "t5"
-    encoder = Encoder(tokenizer, seq2seq=seq2seq, max_source_tokens=128, max_target_tokens=16)
     pairs = _prompts(settings.examples, settings.seed)
-    encoded = encoder.encode([prompt for prompt, _ in pairs], [answer for _, answer in pairs])
-    rows = [
-        EncodedRow(str(index), encoding.prompt, encoding.answer, index)
-        for index, encoding in enumerate(encoded)
-    ]
-    start = model.config.decoder_start_token_id if seq2seq else None
-    collator = Collator(seq2seq, tokenizer.pad_token_id, start, tokenizer.eos_token_id)
+    rows, collator = encode_pairs(model, tokenizer, pairs, 128, 16)
+    training = PretrainSettings(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+    )
     pretrain(model, rows, collator, training, progress)
-
-
-

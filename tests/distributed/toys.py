@@ -188,11 +188,12 @@ def make_parts(
     )
     batch = config.train.global_batch_size
     micro_batches = accumulation(batch, micro, ranks.world)
+    trained = adapted.parameters(chosen.trainable("A"), chosen.trainable("B"))
     engine: Any
     if zero is None:
         engine = PlainEngine(
             adapted.module,
-            adapted.parameters(),
+            trained,
             settings_,
             accumulation=micro_batches,
             device=ranks.device,
@@ -200,7 +201,7 @@ def make_parts(
     else:
         engine = ZeroEngine(
             adapted.module,
-            adapted.parameters(),
+            trained,
             settings_,
             ranks=ranks,
             stage=zero,

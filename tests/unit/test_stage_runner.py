@@ -1,0 +1,140 @@
+"""What methods may ask of the stage runner, on a toy model in one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+import toys
+
+from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.methods.base import Method
+from accrete.pipeline.methods.sequential import SequentialConfig
+from accrete.pipeline.models.lora import initial_factors, load_factors
+from accrete.pipeline.stage_runner import StageRunner
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class Joined:
+    """Rows of two sources, one after the other."""
+
+    def __init__(self, first, second):
+        self.all = first.all + second.all
+        self.num_rows = len(self.all)
+        self.steps_per_epoch = first.steps_per_epoch + second.steps_per_epoch
+        self._first, self._second = first, second
+
+    def rows(self, step, rank, world):
+        own = step % self.steps_per_epoch
+        if own < self._first.steps_per_epoch:
+            return self._first.rows(own, rank, world)
+        return self._second.rows(own - self._first.steps_per_epoch, rank, world)
+
+
+class Joint(Method):
+    Config = SequentialConfig
+    fresh_adapter = False
+    restarts = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.calls = []
+
+    def wrap_data(self, stage, rows):
+        return Joined(stage.rows_of(0), rows) if stage.index else rows
+
+    def on_sequence_start(self, stage):
+        self.calls.append("sequence")
+
+    def on_task_start(self, stage):
+        self.calls.append("start")
+        self.started = stage.factors()
+
+    def before_step(self, stage):
+        self.calls.append("before_step")
+
+    def loss_terms(self, stage, batch, logits):
+        self.calls.append("loss")
+        return {"small": 1e-3 * logits.square().mean()}
+
+    def before_backward(self, stage, last):
+        self.calls.append("last" if last else "backward")
+
+    def after_backward(self, stage):
+        self.calls.append("gap")
+
+    def after_step(self, stage):
+        self.calls.append("after_step")
+
+    def on_task_end(self, stage):
+        self.calls.append("end")
+
+    def after_consolidation(self, stage):
+        self.calls.append("consolidated")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def make(method):
+        monkeypatch.setitem(toys.METHODS, "asked", (method, SequentialConfig))
+        parts = toys.make_parts(
+            ALONE, tmp_path, model="llama", zero=None, micro=4, method="asked", rows=16
+        )
+        StageRunner(parts).run()
+        parts.recorder.close()
+        return parts
+
+    return make
+
+
+def test_hooks_run_in_their_order(run):
+    calls = run(Joint).method.calls
+    step = ["before_step", "loss", "backward", "loss", "last", "gap", "after_step"]
+    stage = lambda steps: ["start", *step * steps, "end", "consolidated"]  # noqa: E731
+    # 16 rows are 2 steps of 8; the second stage sees both tasks.
+    assert calls == ["sequence", *stage(2), *stage(4)]
+
+
+def test_restarts_begin_every_stage_untrained(run):
+    parts = run(Joint)
+    expected = initial_factors(parts.adapted, parts.config.seed, 1)
+    for name, (a, b) in parts.method.started.items():
+        assert torch.equal(a, expected[name][0])
+        assert torch.equal(b, expected[name][1])
+    assert parts.past.stages == []
+
+
+def test_one_adapter_goes_on_by_default(run):
+    class OneAdapter(Joint):
+        restarts = False
+
+    parts = run(OneAdapter)
+    before = load_factors(parts.run.stage(0).adapter)
+    for name, (a, b) in parts.method.started.items():
+        assert torch.equal(a, before[name][0])
+        assert torch.equal(b, before[name][1])
+
+
+class FrozenA(Method):
+    Config = SequentialConfig
+
+    def trainable(self, factor):
+        return factor == "B"
+
+    def on_task_start(self, stage):
+        for layer in stage.adapted.layers.values():
+            stage.write(layer.a, torch.full_like(stage.read(layer.a), 0.25))
+
+
+def test_a_frozen_factor_keeps_what_the_method_wrote(run, monkeypatch):
+    parts = run(FrozenA)
+    for stage in (0, 1):
+        for a, b in load_factors(parts.run.stage(stage).adapter).values():
+            assert torch.equal(a, torch.full_like(a, 0.25))
+            assert b.abs().max() > 0
