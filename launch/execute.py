@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def build(
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
     from accrete.pipeline.methods.registry import method_class
-    from accrete.pipeline.models.load import base_dtype, load_base, read_facts
+    from accrete.pipeline.models.load import base_dtype, load_base, read_facts, unknown_inputs
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.models.past import Past, choose_mode
     from accrete.pipeline.parts import Parts
@@ -74,7 +75,9 @@ def build(
     facts = read_facts(model_path, tokenizer)
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
-    adapted = AdaptedModel(load_base(model_path, config.model, ranks.device), config.adapter)
+    base = load_base(model_path, config.model, ranks.device)
+    facts = replace(facts, unknown_inputs=unknown_inputs(base))
+    adapted = AdaptedModel(base, config.adapter)
     engine = build_engine(config, ranks, adapted, method)
     mode = choose_mode(config.adapter.past, base_dtype(config.model, ranks.device))
     evaluator = SequenceEvaluator(config.eval, collator, tokenizer, config.data.max_target_tokens)

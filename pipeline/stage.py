@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -108,14 +108,23 @@ class Stage:
     def logits(self, batch: Batch, through_engine: bool = True) -> torch.Tensor:
         """Logits [b, K, V] in fp32, aligned with `batch.labels` [b, K]. Collective: at ZeRO 3."""
         forward = self.engine.forward if through_engine else self.engine.module
-        return aligned_logits(forward, batch, self.facts.seq2seq)
+        return aligned_logits(forward, batch, self.facts.seq2seq, self.facts.unknown_inputs)
 
 
-def aligned_logits(forward: object, batch: Batch, seq2seq: bool) -> torch.Tensor:
+def aligned_logits(
+    forward: Callable[..., Any],
+    batch: Batch,
+    seq2seq: bool,
+    unknown_inputs: frozenset[str] = frozenset(),
+) -> torch.Tensor:
     """Logits [b, K, V] of the label positions only; a decoder's head skips the prompt."""
     keep = batch.labels.shape[1]
-    extra = {} if seq2seq else {"logits_to_keep": keep}
-    logits: torch.Tensor = forward(**batch.inputs, **extra).logits  # type: ignore[operator]
+    inputs: dict[str, Any] = dict(batch.inputs)
+    if not seq2seq:
+        inputs["logits_to_keep"] = keep
+    for name in unknown_inputs:
+        inputs.pop(name, None)
+    logits: torch.Tensor = forward(**inputs).logits
     return logits[:, -keep:].float()
 
 

@@ -204,7 +204,9 @@ class StageRunner:
 
     def _load_live(self, stage: Stage, position: Position) -> None:
         """Put a checkpoint's parameters and moments back. Collective: yes."""
-        manifest = checkpoint.read_manifest(self.parts.run.checkpoints / position.folder)
+        manifest = checkpoint.read_manifest(
+            self.parts.run.checkpoints / position.folder, verify=False
+        )
         for key, value in checkpoint.load(self.parts.run.path, position, "state").items():
             kind, _, name = key.partition("/")
             if kind == "factor":
@@ -217,8 +219,9 @@ class StageRunner:
     def _restore(self) -> Position | None:
         """Bring back what the newest sound checkpoint says; None: start from the beginning."""
         run = self.parts.run
-        found, problems = checkpoint.newest(run.path)
-        found, problems = comm.gather((found, problems), self.engine.world)[0]
+        # Checksums are read once, by rank 0.
+        seen = checkpoint.newest(run.path) if self.chief else None
+        found, problems = comm.gather(seen, self.engine.world)[0]
         for problem in problems:
             self.parts.recorder.emit(Event.WARNING, message=f"checkpoint passed over: {problem}")
         if found is None:
@@ -266,7 +269,7 @@ class StageRunner:
         """The method's state after stage `index`, and the live factors if they go on."""
         run, method = self.parts.run, self.parts.method
         boundary = Position(stage=index)
-        manifest = checkpoint.read_manifest(run.checkpoints / boundary.folder)
+        manifest = checkpoint.read_manifest(run.checkpoints / boundary.folder, verify=False)
         method.load_state_dict(checkpoint.load(run.path, boundary, "method"))
         self.carried = manifest.live
         if manifest.live:

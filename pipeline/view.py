@@ -37,7 +37,12 @@ class LiveModel:
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits [b, K, V] in fp32, aligned with `batch.labels`."""
         self._engine.module.eval()
-        return aligned_logits(self._engine.module, batch.to(self.device), self.seq2seq)
+        return aligned_logits(
+            self._engine.module,
+            batch.to(self.device),
+            self._facts.seq2seq,
+            self._facts.unknown_inputs,
+        )
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[list[int]]:

@@ -83,6 +83,9 @@ def build_once(folder: Path, build: Callable[[Path], None], progress: Progress) 
         with _locked(folder.with_name(f".{folder.name}.lock"), progress):
             if folder.is_dir():
                 return folder
+            # What a killed build left; nobody else works here while the lock is held.
+            for left in folder.parent.glob(f".{folder.name}.*/"):
+                shutil.rmtree(left, ignore_errors=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
                 build(aside)

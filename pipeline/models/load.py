@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ class ModelFacts:
     pad_id: int
     eos_id: int
     decoder_start_id: int | None
+    unknown_inputs: frozenset[str] = frozenset()
+    """Inputs that other models take and this one's forward does not."""
+
+
+def unknown_inputs(base: nn.Module) -> frozenset[str]:
+    """Which of the optional inputs that accrete passes a model's forward does not know."""
+    known = inspect.signature(base.forward).parameters
+    return frozenset({"position_ids", "logits_to_keep"} - known.keys())
 
 
 def read_facts(path: str | Path, tokenizer: Any) -> ModelFacts:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from plan import CUT, METHODS, MODELS, STAGES, STRENGTH, WORLDS
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 
 def tensors(result, prefix=""):

@@ -1,0 +1,96 @@
+"""Loading any Hugging Face model, and what its forward understands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from accrete.pipeline.data.collate import Collator
+from accrete.pipeline.data.encode import EncodedRow
+from accrete.pipeline.errors import ModelError
+from accrete.pipeline.models.config import AdapterConfig, ModelConfig
+from accrete.pipeline.models.load import base_dtype, load_base, unknown_inputs
+from accrete.pipeline.models.lora import AdaptedModel
+from accrete.pipeline.stage import aligned_logits
+
+SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CPU = torch.device("cpu")
+
+
+def models():
+    torch.manual_seed(0)
+    yield Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=1, intermediate_size=32))
+    yield GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=32))
+    yield BloomForCausalLM(BloomConfig(vocab_size=30, hidden_size=16, n_layer=2, n_head=2))
+    yield BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=30,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=1,
+            decoder_start_token_id=1,
+            forced_eos_token_id=None,
+        )
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_other_architectures(tmp_path, number):
+    made = list(models())[number]
+    made.save_pretrained(tmp_path)
+    base = load_base(tmp_path, ModelConfig(path=str(tmp_path)), CPU)
+    assert not any(p.requires_grad for p in base.parameters())
+    seq2seq = base.config.is_encoder_decoder
+    adapted = AdaptedModel(base, AdapterConfig(rank=2))
+    assert adapted.layers
+    rows = [
+        EncodedRow("a", [5, 6, 7, 8], [9, 1], 0),
+        EncodedRow("b", [5, 6], [10, 11, 12, 1], 1),
+    ]
+    collator = Collator(seq2seq, 0, 1 if seq2seq else None, 1)
+    adapted.module.eval()
+    call = (seq2seq, unknown_inputs(base))
+    with torch.no_grad():
+        together = aligned_logits(adapted.module, collator.train(rows), *call)
+        assert together.shape == (2, 4, 30)
+        for row, logits in zip(rows, together, strict=True):
+            alone = aligned_logits(adapted.module, collator.train([row]), *call)[0]
+            count = len(row.answer)
+            part = logits[:count] if seq2seq else logits[-count:]
+            torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_set_as_asked(tmp_path):
+    next(models()).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), dropout=0.25)
+    assert load_base(tmp_path, config, CPU).config.attention_dropout == 0.25
+
+
+def test_precision():
+    gpu = torch.device("cuda", 0)
+    assert base_dtype(ModelConfig(path="x"), CPU) == torch.float32
+    assert base_dtype(ModelConfig(path="x"), gpu) == torch.bfloat16
+    assert base_dtype(ModelConfig(path="x", dtype="bf16"), CPU) == torch.bfloat16
+    assert base_dtype(ModelConfig(path="x", dtype="fp32"), gpu) == torch.float32
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_base(tmp_path, ModelConfig(path=str(tmp_path)), CPU)
