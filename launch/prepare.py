@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,10 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     from accrete.pipeline.models.tiny import materialize
 
     cache = cache_root()
-    model_path = str(materialize(config.model, cache, say))
+    model = config.model
+    if model.builder == "small_t5" and model.builder_data is None:
+        model = replace(model, builder_data=config.data.root)
+    model_path = str(materialize(model, cache, say))
     tokenizer_path = config.model.tokenizer or model_path
     seq2seq = is_seq2seq(model_path, config.model.revision)
     tasks = prepare_sequence(

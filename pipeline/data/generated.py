@@ -15,6 +15,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from accrete.pipeline.errors import DataError
 
@@ -206,7 +207,15 @@ def _task(name: str) -> GeneratedTask:
         ) from None
 
 
-def describe(name: str) -> dict[str, object]:
+class Description(TypedDict):
+    """How a task is asked."""
+
+    instruction: str
+    labels: list[str] | None
+    family: str
+
+
+def describe(name: str) -> Description:
     """How a task is asked: `instruction` (str), `labels` (list of str, or None), `family` (str).
 
     Raises:

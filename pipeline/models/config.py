@@ -17,7 +17,8 @@ class ModelConfig:
     builder: Literal["tiny_t5", "tiny_llama", "small_t5"] | None = None
     """A model that accrete makes itself, once, and keeps in its cache."""
     builder_data: str | None = None
-    """`small_t5` only: folder of real rows (compact format) to learn vocabulary and words from."""
+    """`small_t5` only: folder of real rows (compact format) to learn vocabulary and words from;
+    default: `data.root`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
