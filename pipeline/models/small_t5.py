@@ -7,8 +7,8 @@ steps. By estimate all of it takes some two minutes of one CPU core, once.
 
 It learns real tasks only in part: a model of this size that starts from so few rows stays far
 below a pretrained one. It shows that code works and lets runs be compared with each other; it
-carries no ranking of methods, and its scores are not worth quoting. A sequence that contains tasks of the long or SuperNI
-collection has seen their training rows already.
+carries no ranking of methods, and its scores are not worth quoting. It has
+already seen the training rows of tasks that come from the long or the SuperNI collection.
 """
 
 from __future__ import annotations

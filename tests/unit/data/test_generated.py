@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+
 from accrete.pipeline.data.generated import SIZES, WORDS, describe, generate, members, names
 from accrete.pipeline.data.pretraining import CODES, pretraining_examples
 from accrete.pipeline.errors import DataError

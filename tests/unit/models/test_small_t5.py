@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import torch
+
 from accrete.pipeline.models.small_t5 import SmallSettings, build_small_t5, outside_tasks
 from accrete.pipeline.models.word_vectors import _counts, _ppmi, ppmi_svd
 
@@ -43,7 +44,18 @@ def test_vectors_have_the_wanted_size_and_follow_from_the_seed():
 
 def write_collection(root):
     """Two tasks outside the standard sequence, one inside."""
-    words = "river stone cloud market paper garden window letter bridge winter".split()
+    words = [
+        "river",
+        "stone",
+        "cloud",
+        "market",
+        "paper",
+        "garden",
+        "window",
+        "letter",
+        "ice",
+        "oak",
+    ]
     tasks = [("long", "sst2"), ("long", "agnews"), ("superni", "task073")]
     described = []
     for collection, task in tasks:
@@ -64,7 +76,11 @@ def write_collection(root):
             (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
         described.append(
             {"benchmark": collection, "task": task, "family": "SC", "labels": ["Good", "Bad"]}
-            | {"instruction": "Which is it?", "metric": "exact match", "splits": {}}
+            | {
+                "instruction": "Which is it?",
+                "metric": "exact match",
+                "splits": {split: {} for split in ("train", "dev", "test")},
+            }
         )
     (root / "MANIFEST.json").write_text(json.dumps({"tasks": described}))
 

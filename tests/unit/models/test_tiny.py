@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.cache import build_once, cache_root, content_key, in_cache
 from accrete.pipeline.models.config import ModelConfig
