@@ -20,7 +20,7 @@ from accrete.pipeline.data.generated import (
 )
 
 CODES = ("dalox", "ketax", "muraq", "sibex", "vopeq", "zanoq", "dalaq", "murex")
-"""Names of the sortings that pre-training uses."""
+"""Names of the ways of sorting that pre-training uses."""
 
 LABELS = (
     *("good", "bad", "yes", "no", "water", "fire", "stone", "wind"),

@@ -1,4 +1,4 @@
-"""The generated language: balance, disjointness, collisions, determinism."""
+"""The generated language: balance, separate splits, collisions, determinism."""
 
 from collections import Counter
 from itertools import islice
