@@ -1,7 +1,8 @@
-"""A pass over a task's rows that shows every adapted layer's input and output gradient.
+"""Passes over a task's rows that show every adapted layer's inputs, or inputs and gradients.
 
 Nothing here touches a parameter's gradient: the frozen base never needs one, and the trainable
-factors' are not computed, so the pass works the same at every ZeRO stage.
+factors' are not computed, so a pass works the same at every ZeRO stage. Padding is left out of
+inputs; gradients are zero there by themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accrete.pipeline.data.collate import IGNORED, Batch
 from accrete.pipeline.models.lora import AdaptedLayer
 from accrete.pipeline.stage import Stage, row_losses
 
@@ -62,6 +64,137 @@ def visit_gradients(
                 after_batch(len(rows))
     module.train(was_training)
     return total
+
+
+InputVisit = Callable[[str, torch.Tensor], None]
+"""(name of the input, x [n, d_in] of its real tokens)."""
+
+
+def visit_inputs(stage: Stage, visit: InputVisit, *, max_rows: int | None = None) -> int:
+    """Run the task's rows forward once, in evaluation mode, without gradients.
+
+    Layers that read the same tensor (query, key and value of a block; in an encoder-decoder all
+    cross-attentions) share one input, named after the first of them: see `input_names`.
+
+    Args:
+        stage: The stage; its weights are not changed.
+        visit: Called once for every distinct input and micro-batch with at least one real token.
+        max_rows: Use only the first so many rows of the first epoch's order.
+
+    Returns:
+        The number of rows visited, over all ranks.
+
+    Collective: at ZeRO 3; every rank runs the same number of batches.
+    """
+    names = input_names(stage)
+    firsts = set(names.values())
+    total = stage.rows.num_rows if max_rows is None else min(max_rows, stage.rows.num_rows)
+    seen, step = 0, 0
+    module = stage.engine.module
+    was_training = module.training
+    module.eval()
+    with _sides(stage) as side, torch.no_grad():
+
+        def show(name: str, x: torch.Tensor) -> None:
+            real = x[side.mask(x)]
+            if len(real):
+                visit(name, real)
+
+        with _shown(stage, firsts, show):
+            while seen < total:
+                rows = stage.global_batch(step)[: total - seen]
+                for batch in stage.micro_batches(rows):
+                    side.batch = batch
+                    stage.logits(batch, through_engine=False)
+                seen, step = seen + len(rows), step + 1
+    module.train(was_training)
+    return total
+
+
+def input_names(stage: Stage) -> dict[str, str]:
+    """Adapted layer -> the name of its input: the first layer that reads the same tensor.
+
+    Found by one forward over the first row, the same on every rank. Collective: at ZeRO 3.
+    """
+    held: list[tuple[torch.Tensor, str]] = []
+    names: dict[str, str] = {}
+
+    def show(name: str, x: torch.Tensor) -> None:
+        for tensor, first in held:
+            if tensor is x:
+                names[name] = first
+                return
+        held.append((x, name))
+        names[name] = name
+
+    module = stage.engine.module
+    was_training = module.training
+    module.eval()
+    with _shown(stage, set(stage.adapted.layers), show), torch.no_grad():
+        batch = stage.collator.train(stage.global_batch(0)[:1]).to(stage.engine.device)
+        stage.logits(batch, through_engine=False)
+    module.train(was_training)
+    return names
+
+
+@contextmanager
+def _shown(
+    stage: Stage, layers: set[str], show: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `show(layer, its input)` in every forward inside the context."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, arguments: show(name, arguments[0])
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook(layer.name))
+        for layer in stage.adapted.layers.values()
+        if layer.name in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Sides:
+    """Which mask belongs to a layer's input: the source's or the answer's."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.inside_encoder = False
+        self.encoded: torch.Tensor | None = None
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, T] bool, True where a real token is."""
+        assert self.batch is not None
+        inputs = self.batch.inputs
+        if "decoder_input_ids" not in inputs or self.inside_encoder or x is self.encoded:
+            return inputs["attention_mask"].bool()
+        return self.batch.labels != IGNORED
+
+
+@contextmanager
+def _sides(stage: Stage) -> Iterator[_Sides]:
+    """Follow the encoder of an encoder-decoder through every forward inside the context."""
+    side = _Sides()
+    handles = []
+    if stage.facts.seq2seq:
+        encoder: nn.Module = stage.adapted.base.get_encoder()  # type: ignore[operator]
+
+        def enter(*_: Any) -> None:
+            side.inside_encoder = True
+
+        def leave(module: Any, arguments: Any, output: Any) -> None:
+            side.inside_encoder, side.encoded = False, output[0]
+
+        handles = [encoder.register_forward_pre_hook(enter), encoder.register_forward_hook(leave)]
+    try:
+        yield side
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _vocabulary(stage: Stage) -> int:

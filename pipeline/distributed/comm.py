@@ -143,3 +143,44 @@ def gather_rows(block: torch.Tensor, rows: int, rank: int, world: int) -> torch.
         return None
     sizes = [row_block(rows, owner, world) for owner in range(world)]
     return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, sizes, strict=True)])
+
+
+def owner_of(number: int, world: int) -> int:
+    """The rank that computes item `number` of a list for all: round robin."""
+    return number % world
+
+
+def reduce_to(tensor: torch.Tensor, owner: int, world: int) -> torch.Tensor:
+    """Sum `tensor` over ranks into `owner`'s copy, in place; others' copies are spoilt.
+
+    Collective: yes (nothing is sent for one rank).
+    """
+    if world > 1:
+        dist.reduce(tensor, dst=owner)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, owner: int, world: int) -> torch.Tensor:
+    """Overwrite `tensor` with `owner`'s copy, in place; all ranks pass the same shape and dtype.
+
+    Decompositions differ in signs and near-equal directions between machines: one rank computes,
+    the others take its result. Collective: yes (nothing is sent for one rank).
+    """
+    if world > 1:
+        dist.broadcast(tensor, src=owner)
+    return tensor
+
+
+def broadcast_any(value: torch.Tensor | None, owner: int, world: int) -> torch.Tensor:
+    """`owner`'s tensor on every rank, where only the owner knows its shape. Collective: yes."""
+    if world == 1:
+        assert value is not None
+        return value
+    mine = None if value is None else (tuple(value.shape), value.dtype, value.device.type)
+    shape, dtype, kind = gather(mine, world)[owner]
+    if value is None:
+        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind
+        value = torch.empty(shape, dtype=dtype, device=device)
+    value = value.contiguous()
+    dist.broadcast(value, src=owner)
+    return value

@@ -34,7 +34,7 @@ def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     result.update({f"state/{k}": v for k, v in parts.method.state_dict().items()})
     if ranks.rank == 0:
         result["losses"] = losses(folder)
-        for stage in (0, 1):
+        for stage in range(len(parts.tasks)):
             for name, (a, b) in load_factors(parts.run.stage(stage).adapter).items():
                 result[f"{stage}/{name}/A"], result[f"{stage}/{name}/B"] = a, b
     return result

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 from harness import Case
+from method_settings import FOUR, SETTINGS
 
 MODELS = ("t5", "llama")
 STAGES = (0, 1, 2, 3)
@@ -217,6 +221,35 @@ def consolidations(zeros: tuple[int | None, ...]) -> list[Case]:
     ]
 
 
+def methods(world: int, zeros: tuple[int | None, ...]) -> list[Case]:
+    """Every method over three tasks; `method_settings.py` has what each of them is tested with."""
+    return [
+        Case(
+            f"method-{kind}-{model}-zero{zero}",
+            "sequence",
+            {"model": model, "zero": zero, "micro": BATCH // world, "tasks": 3, **SETTINGS[kind]},
+        )
+        for kind in (SETTINGS if world < 4 else FOUR)
+        for model in MODELS
+        for zero in zeros
+    ]
+
+
+def method_resumes() -> list[Case]:
+    """Every method cut in the middle of its second task, and resumed."""
+    return [
+        Case(f"{name}-{kind}", how, {**params, **more})
+        for kind, settings in SETTINGS.items()
+        for params in [
+            {"model": "llama", "zero": 2, "micro": 4, "tasks": 3, "every_steps": 1, **settings}
+        ]
+        for name, how, more in (
+            ("methodcut", "interrupted", {"cut": CUT}),
+            ("methodresumed", "resumed", {"source": f"methodcut-{kind}"}),
+        )
+    ]
+
+
 WORLDS: dict[int, list[Case]] = {
     1: [
         *plain("sequential", **METHODS["sequential"]),
@@ -241,6 +274,7 @@ WORLDS: dict[int, list[Case]] = {
         *scorings((None,)),
         *consolidations((None,)),
         Case("rows-5", "rows", {"count": 5}),
+        *methods(1, (None,)),
     ],
     2: [
         *hook_reality(),
@@ -271,11 +305,17 @@ WORLDS: dict[int, list[Case]] = {
             {"model": "t5", "zero": 3, "micro": 4, "past": "branch", **METHODS["ewc_lora"]},
         ),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
+        *methods(2, STAGES),
+        *method_resumes(),
     ],
     4: [
         *equivalence(4),
         *fishers(4),
         *resumes(4, [(2, 2), (2, 3)]),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (3, 7, 8)],
+        *methods(4, (2, 3)),
     ],
 }
+if ONLY := os.environ.get("ACCRETE_TEST_CASES"):  # while working on one of them
+    for cases in WORLDS.values():
+        cases[:] = [case for case in cases if re.search(ONLY, case.name)]

@@ -18,9 +18,7 @@ from accrete.pipeline.distributed.config import EngineConfig
 from accrete.pipeline.distributed.engine import OptimizerSettings
 from accrete.pipeline.distributed.plain import PlainEngine
 from accrete.pipeline.distributed.zero import ZeroEngine
-from accrete.pipeline.methods.ewc_lora import EwcLora, EwcLoraConfig
-from accrete.pipeline.methods.inc_lora import IncLora, IncLoraConfig
-from accrete.pipeline.methods.sequential import Sequential, SequentialConfig
+from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.config import AdapterConfig, ModelConfig
 from accrete.pipeline.models.load import ModelFacts
 from accrete.pipeline.models.lora import AdaptedModel
@@ -35,11 +33,8 @@ VOCAB, PAD, EOS, BOS = 48, 0, 1, 2
 EPS = 1e-2
 """AdamW divides by |g| + eps: with the usual 1e-8 the last bit of a vanishing gradient decides the
 sign of a whole step, on one process as on four."""
-METHODS = {
-    "sequential": (Sequential, SequentialConfig),
-    "inc_lora": (IncLora, IncLoraConfig),
-    "ewc_lora": (EwcLora, EwcLoraConfig),
-}
+
+NAMES = ("one", "two", "three")
 
 
 def base_model(kind: str) -> torch.nn.Module:
@@ -129,7 +124,7 @@ def make_config(method: Any, **changes: Any) -> RunConfig:
     config = RunConfig(
         name="toy",
         seed=3,
-        tasks=[TaskConfig(name="one"), TaskConfig(name="two")],
+        tasks=[TaskConfig(name=name) for name in NAMES[: changes.pop("tasks", 2)]],
         model=ModelConfig(builder="tiny_t5"),
         adapter=AdapterConfig(rank=5, alpha=10.0, past=changes.pop("past", "fold")),
         method=method,
@@ -159,10 +154,11 @@ def make_parts(
     evaluator: Any = None,
     learned: list[EncodedRow] | None = None,
     dtype: str = "fp32",
+    tasks: int = 2,
 ) -> Parts:
-    """All pieces of a two-task run on a toy model; zero None is the plain engine."""
-    method_class, config_class = METHODS[method]
-    method_config = config_class(**(settings or {}))
+    """All pieces of a run on a toy model; zero None is the plain engine."""
+    chosen_class = method_class(method)
+    method_config = chosen_class.Config(**(settings or {}))
     engine_settings = {"kind": "plain"} if zero is None else {"zero_stage": zero}
     config = make_config(
         method_config,
@@ -170,6 +166,7 @@ def make_parts(
         engine=engine_settings,
         train={"micro_batch_size": micro, **(train or {})},
         every_steps=every_steps,
+        tasks=tasks,
     )
     base = base_model(model)
     if dtype == "bf16":
@@ -179,7 +176,7 @@ def make_parts(
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = AdaptedModel(base, config.adapter)
-    chosen = method_class(method_config)
+    chosen = chosen_class(method_config)
     settings_ = OptimizerSettings(
         optimizer=config.train.optimizer,
         eps=config.train.eps,
@@ -218,7 +215,7 @@ def make_parts(
         config=config,
         run=run,
         model_path="toy",
-        tasks=[SimpleNamespace(name=n, num_eval=0, metric="exact_match") for n in ("one", "two")],
+        tasks=[SimpleNamespace(name=n, num_eval=0, metric="exact_match") for n in NAMES[:tasks]],
         open_rows=lambda task, index: ToyRows(index, rows, batch),
         adapted=adapted,
         engine=engine,
