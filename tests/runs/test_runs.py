@@ -236,6 +236,7 @@ def test_stage_adapters_load_with_peft(whole, llama):
         (["method=ewc_lra"], "ewc_lora"),
         (["tasks.one.files.train=missing.jsonl"], "missing.jsonl"),
         (["model.path=./no-such-folder"], "no-such-folder"),
+        (["tasks.one.metric=rouge_l", "eval.mode=forward"], "set eval.mode to auto"),
     ],
 )
 def test_bad_input_leaves_no_folder(accrete, recipe, tmp_path, overrides, words):
