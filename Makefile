@@ -2,6 +2,9 @@
 # make test         install, then the test suite
 # make check        linters, types, import order, spelling, file length
 # make smollm2      fetch a real pretrained model of 135 M parameters into the cache
+# make bench-methods
+#                   what every method costs beside `sequential`; hours on a CPU, and a second call
+#                   goes on where the first was cut off (BENCH='--help' lists options)
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv; TORCH=torch==2.13.0+cu130 the build of
 # PyTorch, wherever pip is set up to find it.
@@ -13,7 +16,7 @@ INSTALLED := .venv/.installed
 SOURCES := pipeline eval launch tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format smollm2 constraints
+.PHONY: help install quickstart test check format smollm2 bench-methods constraints
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -52,6 +55,10 @@ format: install
 
 smollm2: install
 	$(BIN)/python -m accrete.pipeline.models.fetch_smollm2
+
+# BENCH='--tiny' only proves that it runs.
+bench-methods: install
+	$(BIN)/python tests/bench/methods.py $(BENCH)
 
 # Newest versions of everything, as pip resolves them in an empty environment.
 constraints:

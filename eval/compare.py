@@ -30,6 +30,10 @@ SCORING_KEYS = (
 """Settings that change what a score means."""
 
 
+PER_TASK = "per_task"
+"""The method that trains every task alone: the reference for intransigence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """A metric over seeds."""
@@ -63,7 +67,7 @@ class Setting:
     ranked: bool
     tests: list[PairedTest]
     notes: list[str]
-    """Why something was left out or not ranked."""
+    """Why something was left out or not ranked; intransigence, where it can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +118,8 @@ def _setting(model: str, tasks: tuple[str, ...], records: Sequence[RunRecord]) -
         )
     else:
         table.sort(key=lambda line: (line.recipe, line.method))
+    if not refusals:
+        notes += _intransigence(table)
     notes += [f"Not ranked: {reason}" for reason in refusals]
     notes += [problem for record in records for problem in record.problems]
     return Setting(model=model, tasks=tasks, lines=table, ranked=ranked, tests=tests, notes=notes)
@@ -214,6 +220,28 @@ def _line(recipe: str, method: str, records: Sequence[RunRecord]) -> Line:
         runs=[str(record.path) for record in records],
         metrics={name: _summary([value[name] for value in values]) for name in METRIC_NAMES},
     )
+
+
+def _intransigence(lines: Sequence[Line]) -> list[str]:
+    """How far each line learns new tasks worse than tasks learned alone, if there is such a run."""
+    alone = [line for line in lines if line.method == PER_TASK]
+    if len(alone) != 1 or len(lines) < 2:
+        return []
+    best = alone[0].metrics["plasticity"].mean
+    labels = dict(zip(map(id, lines), _labels(lines), strict=True))
+    found = [
+        f"{labels[id(line)]} {best - own:+.1f}"
+        for line in lines
+        if line is not alone[0]
+        and best is not None
+        and (own := line.metrics["plasticity"].mean) is not None
+    ]
+    note = f"Intransigence (plasticity of {PER_TASK} minus the line's own): {', '.join(found)}."
+    newest = (
+        f"{PER_TASK}: read its plasticity, where every task is scored with its own adapter. "
+        "All its other metrics are of the newest task's adapter alone."
+    )
+    return [note, newest] if found else [newest]
 
 
 def _summary(values: Sequence[float | None]) -> Summary:

@@ -36,7 +36,22 @@ def branch_recipe(parent: RunDir, stage: int, overrides: Sequence[str]) -> Loade
             f"change {', '.join(changed)}. Allowed: method.*, train.*, engine.*, eval.*, log.*, "
             "checkpoint.* and later tasks. For the rest start a new run."
         )
+    _require_same_kind(old.config.method.kind, new.config.method.kind)
     return new
+
+
+def _require_same_kind(before: str, after: str) -> None:
+    """Trained weights cannot become an adapter, nor an adapter trained weights."""
+    from accrete.pipeline.methods.registry import method_class
+
+    trained = {kind: method_class(kind).trains for kind in (before, after)}
+    if trained[before] != trained[after]:
+        what = {"factors": "an adapter", "weights": "the model's own weights"}
+        raise ConfigError(
+            f"A branch cannot go from method {before}, which trains {what[trained[before]]}, to "
+            f"{after}, which trains {what[trained[after]]}. Take a method of the same sort, or "
+            "start a new run (`accrete export` gives it the model to start from)."
+        )
 
 
 def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) -> None:

@@ -13,6 +13,14 @@ def complete_recipe(incomplete: str) -> list[str]:
     return names + [path for path in _paths(incomplete) if path.endswith((".yaml", ".yml", "/"))]
 
 
+def complete_method(incomplete: str) -> list[str]:
+    """Names of methods and Python files that begin with what was typed."""
+    from accrete.pipeline.methods.registry import method_kinds
+
+    names = [name for name in method_kinds() if name.startswith(incomplete)]
+    return names + [path for path in _paths(incomplete) if path.endswith((".py", "/"))]
+
+
 def complete_run(incomplete: str) -> list[str]:
     """Run folders, and folders on the way to one."""
     return [path for path in _paths(incomplete) if path.endswith("/")] + [

@@ -62,6 +62,7 @@ def build(
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
     from accrete.pipeline.methods.registry import method_class
+    from accrete.pipeline.models.full import FullModel, trained_precision
     from accrete.pipeline.models.load import base_dtype, load_base, read_facts, unknown_inputs
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.models.past import Past, choose_mode
@@ -75,11 +76,16 @@ def build(
     facts = read_facts(model_path, tokenizer)
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
-    base = load_base(model_path, config.model, ranks.device)
+    model = trained_precision(config.model, type(method))
+    base = load_base(model_path, model, ranks.device)
     facts = replace(facts, unknown_inputs=unknown_inputs(base))
-    adapted = AdaptedModel(base, config.adapter)
+    adapted = (
+        FullModel(base, method.weights)
+        if method.trains == "weights"
+        else AdaptedModel(base, config.adapter, method.layer_scales)
+    )
     engine = build_engine(config, ranks, adapted, method)
-    mode = choose_mode(config.adapter.past, base_dtype(config.model, ranks.device))
+    mode = choose_mode(config.adapter.past, base_dtype(model, ranks.device))
     evaluator = SequenceEvaluator(config.eval, collator, tokenizer, config.data.max_target_tokens)
     recorder = open_recorder(run, config, ranks.rank == 0) if record else Recorder(None)
     return Parts(

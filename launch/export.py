@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from accrete.pipeline.errors import RunFolderError
+from accrete.pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.lora import Factors
@@ -35,12 +36,22 @@ def export_stage(
         `out`.
 
     Raises:
-        RunFolderError: `out` exists, or the run has no such stage.
+        RunFolderError: `out` exists, or the run has no such stage, or no adapter.
     """
     from accrete.launch.rebuild import rebuild
+    from accrete.pipeline.config.load import load_recipe
+    from accrete.pipeline.methods.registry import method_class
 
     if out.exists():
         raise RunFolderError(f"{out}: exists already; give another --out.")
+    run = RunDir(run_dir)
+    run.require_run()
+    kind = load_recipe(run.recipe).config.method.kind
+    if form == "adapter" and method_class(kind).trains == "weights":
+        raise RunFolderError(
+            f"{run_dir}: method {kind} trains the model's own weights, so there is no adapter to "
+            "export. Take --form merged."
+        )
     # The base is opened in fp32 and the past folded into it, whatever the run trained in.
     runner = rebuild(run_dir, stage, ("model.dtype=fp32", "adapter.past=fold"))
     aside = out.with_name(f".{out.name}.part")
@@ -58,7 +69,7 @@ def _write_merged(runner: StageRunner, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    model = runner.parts.adapted.module.merge_and_unload()  # type: ignore[operator]
+    model: Any = runner.parts.adapted.merged()
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.config.use_cache = True
@@ -99,4 +110,5 @@ def _write_adapter(runner: StageRunner, folder: Path) -> None:
     rank = next(iter(combined.values()))[0].shape[0]
     adapted.peft_config.r = rank
     adapted.peft_config.lora_alpha = rank  # the scale is inside B
+    adapted.peft_config.alpha_pattern = {}
     save_adapter(adapted, combined, runner.parts.model_path, folder)

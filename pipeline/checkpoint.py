@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accrete.pipeline.errors import CheckpointError
@@ -56,7 +58,7 @@ class Manifest:
     past: dict[str, str] = field(default_factory=dict)
     """Adapter files inside the run folder that make up the past, in order -> sha256."""
     live: bool = False
-    """Whether the live factors go on into the next stage (one adapter for all tasks)."""
+    """Whether the live factors go on into the next stage (one adapter for all, or weights)."""
     format: int = FORMAT
 
 
@@ -197,6 +199,16 @@ def load(run: Path, position: Position, stem: str) -> dict[str, torch.Tensor]:
     """Tensors of one file of a checkpoint; empty if the checkpoint has no such file."""
     path = run / "checkpoints" / position.folder / f"{stem}.safetensors"
     return load_file(path) if path.is_file() else {}
+
+
+def load_each(run: Path, position: Position, stem: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `load`, one tensor after another, for files that are as large as the model."""
+    path = run / "checkpoints" / position.folder / f"{stem}.safetensors"
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
 
 
 def prune_steps(run: Path, keep: int, stage_done: int | None = None) -> None:

@@ -42,6 +42,8 @@ class Stage:
     """Optimizer steps of this stage."""
     step: int = 0
     """The step being made, from 0."""
+    restored: bool = False
+    """Gone on with in mid-task: after `on_task_start` the factors come from the checkpoint."""
     notes: dict[str, float | str] = field(default_factory=dict)
     """Numbers that a hook wants in the stage's `consolidated` event."""
 
@@ -58,19 +60,22 @@ class Stage:
         return result
 
     def read(self, name: str) -> torch.Tensor:
-        """One factor, trained or frozen, whole. Collective: yes."""
+        """One factor (or weight of a `FullModel`), trained or frozen, whole. Collective: yes."""
         if name in self.engine.parameters:
             return self.engine.value(name)
-        parameter = self._frozen(name)
+        parameter = self.adapted.carried()[name]
         with self.engine.gathered([parameter]):
             return parameter.detach().clone()
 
     def write(self, name: str, value: torch.Tensor) -> None:
-        """Set one factor, trained or frozen; every rank passes the same. Collective: yes."""
+        """Set one factor or weight, trained or frozen; every rank passes the same.
+
+        Collective: yes.
+        """
         if name in self.engine.parameters:
             self.engine.write(name, value.to(self.engine.device))
             return
-        parameter = self._frozen(name)
+        parameter = self.adapted.carried()[name]
         with self.engine.gathered([parameter], write=True):
             parameter.data.copy_(value)
 
@@ -80,12 +85,6 @@ class Stage:
             a, b = factors[layer.name]
             self.write(layer.a, a)
             self.write(layer.b, b)
-
-    def _frozen(self, name: str) -> torch.nn.Parameter:
-        layer_name, _, which = name.rpartition(".")
-        module = self.adapted.layers[layer_name].module
-        parameter: torch.nn.Parameter = getattr(module, which)["default"].weight
-        return parameter
 
     def global_batch(self, step: int) -> list[EncodedRow]:
         """The rows of one step, in order, the same on every rank."""

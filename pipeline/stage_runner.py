@@ -14,9 +14,11 @@ from accrete.pipeline import checkpoint
 from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed import comm
 from accrete.pipeline.distributed.engine import MOMENTS
-from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.errors import CheckpointError, MethodError
+from accrete.pipeline.models.lines import scale_by_depth
 from accrete.pipeline.models.lora import (
     ADAPTER_FILE,
+    Factors,
     initial_factors,
     load_factors,
     save_adapter,
@@ -31,7 +33,12 @@ from accrete.pipeline.view import LiveModel
 if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
     from accrete.pipeline.data.prepare import TaskHandle
+    from accrete.pipeline.methods.base import Method
     from accrete.pipeline.scoring import TaskScore
+
+
+LIVE = "factor"
+"""What the names of live factors (or weights, where those are trained) begin with."""
 
 
 class StageRunner:
@@ -47,6 +54,7 @@ class StageRunner:
         """Whether the live factors hold something that goes on."""
         self.opened = -1
         """The stage that `open_stage` put in place."""
+        _require_consistent(parts.method)
         parts.method.bind(self.engine.rank, self.engine.world, self.engine.device)
         self._view = LiveModel(
             self.engine,
@@ -108,9 +116,11 @@ class StageRunner:
                 steps=stage.steps,
                 rows=stage.rows.num_rows,
             )
-        if method.fresh_adapter or method.restarts or not self.carried:
+        new = method.fresh_adapter or method.restarts or not self.carried
+        if method.trains == "factors" and new:
             stage.write_factors(initial_factors(self.parts.adapted, self.config.seed, index))
         self.engine.reset_optimizer()
+        stage.restored = position is not None and position.step is not None
         method.on_task_start(stage)
         start = 0
         if position is not None and position.step is not None:
@@ -132,16 +142,21 @@ class StageRunner:
         )
 
     def _finish(self, stage: Stage) -> None:
-        """From trained factors to the checkpoint of a finished stage."""
-        method, run = self.parts.method, self.parts.run
-        factors = stage.factors()
-        if self.chief:
-            folder = run.stage(stage.index).adapter
-            save_adapter(self.parts.adapted, factors, self.parts.model_path, folder)
+        """From trained factors or weights to the checkpoint of a finished stage."""
+        method = self.parts.method
+        folder = self.parts.run.stage(stage.index)
+        factors: Factors = {}
+        if method.trains == "factors":
+            factors = self._consolidated(stage)
+            if self.chief:
+                model_path = self.parts.model_path
+                save_adapter(self.parts.adapted, factors, model_path, folder.adapter)
+        elif self.chief:
+            folder.path.mkdir(parents=True, exist_ok=True)
         method.on_task_end(stage)
         self.carried = not method.fresh_adapter
         if method.fresh_adapter:
-            self._past.append(run.stage(stage.index).adapter / ADAPTER_FILE)
+            self._past.append(folder.adapter / ADAPTER_FILE)
             error = self.parts.past.add(factors)
             stage.notes["fold_error"] = error
             fresh = initial_factors(self.parts.adapted, self.config.seed, stage.index + 1)
@@ -149,6 +164,19 @@ class StageRunner:
         self.engine.reset_optimizer()
         method.after_consolidation(stage)
         self._save(stage, Position(stage=stage.index))
+
+    def _consolidated(self, stage: Stage) -> Factors:
+        """The trained factors as they go on: scaled if the recipe says so. Collective: yes.
+
+        Scaled before anything looks at them: what the method measures at the task's end, the saved
+        adapter, the past and the scored model are the same.
+        """
+        factors = stage.factors()
+        shallowest = self.config.adapter.lines
+        if shallowest is not None:
+            factors = scale_by_depth(self.parts.adapted, factors, shallowest)
+            stage.write_factors(factors)
+        return factors
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -160,11 +188,14 @@ class StageRunner:
     def _save(self, stage: Stage, position: Position) -> None:
         """Write a checkpoint of the live state. Collective: yes."""
         began = time.perf_counter()
-        state = {f"factor/{name}": value for name, value in self._live(stage).items()}
+        state: dict[str, torch.Tensor] = {}
+        # One tensor at a time, and kept by rank 0 alone: they may be all weights of the model.
+        for name in self.parts.adapted.carried():
+            self._keep(state, f"{LIVE}/{name}", stage.read(name))
         if position.step is not None:
             for name in self.engine.parameters:
                 for key in MOMENTS:
-                    state[f"{key}/{name}"] = self.engine.moment(name, key).cpu()
+                    self._keep(state, f"{key}/{name}", self.engine.moment(name, key))
         tensors = {"state": state}
         if position.step is None:
             tensors["method"] = self.parts.method.state_dict()
@@ -193,23 +224,18 @@ class StageRunner:
             )
         self._barrier()
 
-    def _live(self, stage: Stage) -> dict[str, torch.Tensor]:
-        """Trained parameters and live factors, whole, on the CPU. Collective: yes."""
-        live = {name: self.engine.value(name).cpu() for name in self.engine.parameters}
-        for layer in self.parts.adapted.layers.values():
-            for name in (layer.a, layer.b):
-                if name not in live:
-                    live[name] = stage.read(name).cpu()
-        return live
+    def _keep(self, state: dict[str, torch.Tensor], key: str, value: torch.Tensor) -> None:
+        if self.chief:
+            state[key] = value.cpu()
 
     def _load_live(self, stage: Stage, position: Position) -> None:
         """Put a checkpoint's parameters and moments back. Collective: yes."""
         manifest = checkpoint.read_manifest(
             self.parts.run.checkpoints / position.folder, verify=False
         )
-        for key, value in checkpoint.load(self.parts.run.path, position, "state").items():
+        for key, value in checkpoint.load_each(self.parts.run.path, position, "state"):
             kind, _, name = key.partition("/")
-            if kind == "factor":
+            if kind == LIVE:
                 stage.write(name, value)
             else:
                 self.engine.write_moment(name, kind, value.to(self.engine.device))
@@ -279,6 +305,14 @@ class StageRunner:
         """No rank runs ahead of rank 0's writing."""
         if self.engine.world > 1:
             dist.barrier()
+
+
+def _require_consistent(method: Method) -> None:
+    if method.trains == "weights" and (method.fresh_adapter or method.restarts):
+        raise MethodError(
+            f"method {method.config.kind} trains the model's own weights, which go on from task to "
+            "task: its class must say `fresh_adapter = False` and leave `restarts` False."
+        )
 
 
 def planned_steps(config: RunConfig, index: int, steps_per_epoch: int) -> int:

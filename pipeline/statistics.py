@@ -66,6 +66,54 @@ def visit_gradients(
     return total
 
 
+RowVisit = Callable[[str, torch.Tensor], None]
+"""(name of a trained parameter, the gradient of one row's own loss, whole)."""
+
+
+def visit_row_gradients(
+    stage: Stage, visit: RowVisit, *, token_mean: bool = False, max_rows: int | None = None
+) -> int:
+    """Show every row's own gradient of every trained parameter, in evaluation mode.
+
+    For parameters of any kind, weights of norms and embeddings among them. Hooks on outputs cannot
+    tell rows apart there (a table of relative positions has no row dimension), so this goes row by
+    row: exact, but slower than `visit_gradients`, and one whole gradient is held at a time.
+
+    Args:
+        stage: The stage; its weights are not changed.
+        visit: Called once for every parameter and row of this rank.
+        token_mean: A row's loss is the mean instead of the sum over its label tokens.
+        max_rows: Use only the first so many rows of the first epoch's order.
+
+    Returns:
+        The number of rows visited, over all ranks.
+
+    Collective: at ZeRO 3; every rank runs the same number of rows.
+    """
+    engine = stage.engine
+    total = stage.rows.num_rows if max_rows is None else min(max_rows, stage.rows.num_rows)
+    seen, step = 0, 0
+    was_training = engine.module.training
+    engine.module.eval()
+    while seen < total:
+        rows = stage.global_batch(step)[: total - seen]
+        mine = rows[engine.rank :: engine.world]
+        for place in range(-(-len(rows) // engine.world)):
+            # A rank that has run out of rows takes one without labels: its gradient is zero.
+            batch = stage.collator.train(mine[place : place + 1], 1).to(engine.device)
+            loss = row_losses(stage.logits(batch, through_engine=False), batch.labels).sum()
+            if token_mean:
+                loss = loss / (batch.labels != IGNORED).sum().clamp(min=1)
+            # As in `visit_gradients`: `.grad` and DeepSpeed's hooks are left alone.
+            found = torch.autograd.grad(loss, list(engine.parameters.values()), allow_unused=True)
+            for name, gradient in zip(engine.parameters, found, strict=True):
+                if gradient is not None:
+                    visit(name, gradient)
+        seen, step = seen + len(rows), step + 1
+    engine.module.train(was_training)
+    return total
+
+
 InputVisit = Callable[[str, torch.Tensor], None]
 """(name of the input, x [n, d_in] of its real tokens)."""
 
@@ -121,7 +169,7 @@ def input_names(stage: Stage) -> dict[str, str]:
 
     def show(name: str, x: torch.Tensor) -> None:
         for tensor, first in held:
-            if tensor is x:
+            if _same(tensor, x):
                 names[name] = first
                 return
         held.append((x, name))
@@ -170,9 +218,20 @@ class _Sides:
         """[b, T] bool, True where a real token is."""
         assert self.batch is not None
         inputs = self.batch.inputs
-        if "decoder_input_ids" not in inputs or self.inside_encoder or x is self.encoded:
-            return inputs["attention_mask"].bool()
+        if "decoder_input_ids" not in inputs or self.inside_encoder or self._is_encoded(x):
+            real = inputs["attention_mask"] != 0
+            # Rows that only fill up a batch hold one attended token.
+            real[self.batch.real_rows :] = False
+            return real
         return self.batch.labels != IGNORED
+
+    def _is_encoded(self, x: torch.Tensor) -> bool:
+        return self.encoded is not None and _same(self.encoded, x)
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two live tensors are one; ZeRO 3 hands every module a view of its own."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 from accrete.pipeline.config.problems import Problem, ProblemList, RecipeError, show_value
 from accrete.pipeline.config.run import RunConfig
 from accrete.pipeline.config.tree import Node
+from accrete.pipeline.errors import ConfigError
+from accrete.pipeline.methods.registry import method_class
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 _NEEDS_ROOT = ("auto", "compact", "olora", "sapt", "superni", "trace", "tasl")
@@ -18,7 +20,7 @@ def check_together(tree: Node, problems: ProblemList) -> None:
 
     It works on the tree: so it also runs when some value has the wrong type, and names both lines.
     """
-    for check in (_check_model, _check_tasks, _check_engine, _check_scoring):
+    for check in (_check_model, _check_tasks, _check_engine, _check_scoring, _check_lines):
         check(tree, problems)
 
 
@@ -138,3 +140,21 @@ def _check_scoring(tree: Node, problems: ProblemList) -> None:
                 f"{_where(tree, 'eval', 'mode')} says `eval.mode: forward`",
                 "set eval.mode to auto or generate",
             )
+
+
+def _check_lines(tree: Node, problems: ProblemList) -> None:
+    given, kind = _value(tree, "adapter", "lines"), _value(tree, "method", "kind")
+    if given is None or not isinstance(kind, str):
+        return
+    try:
+        method = method_class(kind)
+    except ConfigError:
+        return  # noted where the method's settings are read
+    if not (method.fresh_adapter or method.restarts):
+        problems.add(
+            _where(tree, "adapter", "lines"),
+            "adapter.lines",
+            f"given: {show_value(given)}; allowed with `method.kind: {kind}`: null, because it "
+            "scales one task's update and this method trains the same weights through all tasks",
+            "choose a method with an adapter per task, such as inc_lora",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -60,9 +61,27 @@ def _section(cls: type, defs: dict[str, Schema]) -> Schema:
     schema: Schema = TypeAdapter(tuple[cls], config=STRICT).json_schema()  # type: ignore[valid-type]
     found: dict[str, Schema] = schema["$defs"]
     own = found.pop(schema["prefixItems"][0]["$ref"].rpartition("/")[2])
+    describe_inherited(cls, own.get("properties", {}))
     for name, inner in found.items():
         defs[name] = _renamed(inner)
     return _renamed(own)
+
+
+def describe_inherited(cls: type, properties: Schema) -> None:
+    """Give the fields that a dataclass has from its bases their descriptions from there.
+
+    Pydantic reads the docstrings below fields from a class's own source alone.
+    """
+    for base in cls.__mro__[1:]:
+        lacking = [key for key, inner in properties.items() if "description" not in inner]
+        if not lacking or not dataclasses.is_dataclass(base):
+            return
+        schema = TypeAdapter(tuple[base], config=STRICT).json_schema()  # type: ignore[valid-type]
+        name = schema["prefixItems"][0]["$ref"].rpartition("/")[2]
+        described = schema["$defs"][name].get("properties", {})
+        for key in lacking:
+            if "description" in described.get(key, {}):
+                properties[key]["description"] = described[key]["description"]
 
 
 def _renamed(schema: Schema) -> Schema:

@@ -85,6 +85,19 @@ def gather(value: Any, world: int) -> list[Any]:
     return values
 
 
+def gather_equal(tensor: torch.Tensor, world: int) -> list[torch.Tensor]:
+    """`tensor` of every rank, in rank order; all pass the same shape and dtype. No gradient flows.
+
+    Collective: yes (nothing is sent for one rank).
+    """
+    mine = tensor.detach().contiguous()
+    if world == 1:
+        return [mine]
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
+    return parts
+
+
 def sum_over_ranks(tensor: torch.Tensor, world: int) -> torch.Tensor:
     """Sum `tensor` over ranks, in place. Collective: yes (nothing is sent for one rank)."""
     if world > 1:

@@ -29,8 +29,10 @@ def deepspeed_config(
     micro_batch: int,
     bucket_elements: int,
     max_grad_norm: float | None,
+    whole_below: int | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed settings of a run: its own precision modes off, torch's optimizer as given."""
+    whole = {} if whole_below is None else {"stage3_param_persistence_threshold": whole_below}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -41,6 +43,7 @@ def deepspeed_config(
             "reduce_bucket_size": bucket_elements,
             "allgather_bucket_size": bucket_elements,
             "overlap_comm": False,
+            **whole,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -62,7 +65,22 @@ class ZeroEngine:
         accumulation: int,
         micro_batch: int,
         bucket_elements: int = 50_000_000,
+        whole_below: int | None = None,
     ) -> None:
+        """Let DeepSpeed take a model over.
+
+        Args:
+            module: The model.
+            parameters: The trained parameters by name; the others are frozen.
+            settings: The optimizer's.
+            ranks: Who this process is.
+            stage: ZeRO stage.
+            accumulation: Micro-batches per step.
+            micro_batch: Rows of a micro-batch.
+            bucket_elements: Size of the reduction buckets.
+            whole_below: At ZeRO 3, parameters with fewer elements are not partitioned; default:
+                DeepSpeed's (1e5).
+        """
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
         self.accumulation = accumulation
         self.stage = stage
@@ -72,7 +90,13 @@ class ZeroEngine:
         self._has_moments = settings.optimizer == "adamw"
         self._seen: dict[str, torch.Tensor] = {}
         config = deepspeed_config(
-            stage, ranks.world, accumulation, micro_batch, bucket_elements, settings.max_grad_norm
+            stage,
+            ranks.world,
+            accumulation,
+            micro_batch,
+            bucket_elements,
+            settings.max_grad_norm,
+            whole_below,
         )
         self._optimizer = settings.build(list(parameters.values()))
         self._engine = _prepare(module, self._optimizer, config)
@@ -139,9 +163,12 @@ class ZeroEngine:
 
     def value(self, name: str) -> torch.Tensor:
         """The master value, whole. Collective: yes (at ZeRO 3)."""
-        parameter = self.parameters[name]
-        if self.stage < 3:
-            return parameter.detach().clone()
+        parameter = self._sharded[name]
+        # Factors are fp32, so a copy that is whole equals the master. At ZeRO 3 DeepSpeed keeps
+        # small parameters (1e5 elements) whole and gathers them anew in every step.
+        if self.stage < 3 or parameter.numel() == parameter.ds_numel:
+            whole: torch.Tensor = parameter.detach().clone()
+            return whole
         from deepspeed.utils import safe_get_local_fp32_param
 
         return self._whole(parameter, safe_get_local_fp32_param(parameter))

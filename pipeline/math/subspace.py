@@ -15,6 +15,11 @@ _DOUBLE_BELOW = 2048
 """Up to this size a decomposition is made in fp64; beyond it in fp32, at half the memory."""
 
 
+def widened(matrix: torch.Tensor) -> torch.Tensor:
+    """A [d, ...] matrix in the precision that decompositions are made in."""
+    return matrix.double() if matrix.shape[0] <= _DOUBLE_BELOW else matrix.float()
+
+
 def add_outer(total: torch.Tensor, x: torch.Tensor) -> None:
     """Add the sum over tokens of x x^T to `total`.
 
@@ -31,7 +36,7 @@ def eigenpairs(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Signs are fixed (the largest entry of a column is positive), so that one matrix has one answer.
     """
-    wide = covariance.double() if covariance.shape[0] <= _DOUBLE_BELOW else covariance.float()
+    wide = widened(covariance)
     values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     top = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))

@@ -41,6 +41,9 @@ class Method:
     """One line for `accrete methods ls`."""
     source: ClassVar[str] = ""
     """The paper."""
+    trains: ClassVar[Literal["factors", "weights"]] = "factors"
+    """`weights`: the model's own weights are trained, in fp32 and without any adapter; they go on
+    from task to task. Give `fresh_adapter = False` with it."""
     fresh_adapter: ClassVar[bool] = True
     """True: every task trains new factors and the finished ones join the past.
     False: one adapter is trained through all tasks."""
@@ -60,6 +63,19 @@ class Method:
         return True
 
     @property
+    def weights(self) -> Literal["all", "linear"]:
+        """Which weights are trained where `trains` is `weights`: all, or the matrices of the linear
+        layers inside the blocks (no embeddings, norms, biases, no output head).
+        """
+        return "all"
+
+    def layer_scales(self, layers: list[str]) -> dict[str, float]:
+        """What the scale alpha / rank of adapted layers is multiplied by, through all tasks, by
+        name; layers left out keep theirs. Called once, before the engine is built.
+        """
+        return {}
+
+    @property
     def merge(self) -> Literal["exact", "factor_sum"]:
         """How finished factors are put together; `factor_sum` reproduces reference code."""
         return "exact"
@@ -69,7 +85,8 @@ class Method:
 
     def on_task_start(self, stage: Stage) -> None:
         """Engine and factors are ready, optimizer state is zero. Called again on resume in
-        mid-task, before the factors are restored: it must depend on `state_dict` alone.
+        mid-task, before the factors are restored: it must depend on `state_dict` alone (where
+        weights are trained, also on those of the last boundary: they are in place by then).
         """
 
     def wrap_data(self, stage: Stage, rows: TrainRows) -> TrainRows:
@@ -129,13 +146,4 @@ class Method:
         return 0
 
 
-def describe(method: type[Method]) -> dict[str, object]:
-    """A JSON-able card of one method."""
-    return {
-        "kind": method.Config.__dataclass_fields__["kind"].default,
-        "summary": method.summary,
-        "source": method.source,
-    }
-
-
-__all__: Sequence[str] = ["Method", "MethodConfig", "describe"]
+__all__: Sequence[str] = ["Method", "MethodConfig"]

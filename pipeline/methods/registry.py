@@ -19,7 +19,20 @@ from accrete.pipeline.methods.base import Method, MethodConfig
 METHODS: dict[str, str] = {
     "sequential": "accrete.pipeline.methods.sequential:Sequential",
     "inc_lora": "accrete.pipeline.methods.inc_lora:IncLora",
+    "joint": "accrete.pipeline.methods.joint:Joint",
+    "per_task": "accrete.pipeline.methods.per_task:PerTask",
+    "replay": "accrete.pipeline.methods.replay:Replay",
+    "lwf": "accrete.pipeline.methods.lwf:Lwf",
+    "full": "accrete.pipeline.methods.full:Full",
+    "ewc": "accrete.pipeline.methods.ewc:Ewc",
+    "gpm": "accrete.pipeline.methods.gpm:Gpm",
     "ewc_lora": "accrete.pipeline.methods.ewc_lora:EwcLora",
+    "sr2_lora": "accrete.pipeline.methods.sr2_lora:Sr2Lora",
+    "lora_subtraction": "accrete.pipeline.methods.lora_subtraction:LoraSubtraction",
+    "o_lora": "accrete.pipeline.methods.o_lora:OLora",
+    "inf_lora": "accrete.pipeline.methods.inf_lora:InfLora",
+    "keep_lora": "accrete.pipeline.methods.keep_lora:KeepLora",
+    "keep_lora_pp": "accrete.pipeline.methods.keep_lora_pp:KeepLoraPp",
 }
 """kind -> module:Class. Other packages join through entry points of the group `GROUP`."""
 

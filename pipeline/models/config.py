@@ -50,3 +50,8 @@ class AdapterConfig:
     past: Literal["auto", "fold", "branch"] = "auto"
     """How finished tasks enter the forward: `fold`ed into the base weights or as one concatenated
     low-rank `branch` beside them; auto folds an fp32 base and keeps a branch for a bf16 one."""
+    lines: Annotated[float, Field(ge=0, le=1)] | None = None
+    """LiNeS: when a task ends, its update is scaled by a + (1 - a) l / (n - 1) in block l of the n
+    in a stack, with a = `lines`: shallow blocks, which tasks share, keep less of it. Search a in
+    0, 0.1, ... 1 on dev rows; null: no scaling. Only for methods whose tasks have an adapter each.
+    """

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,23 @@ class AdaptedLayer:
 class AdaptedModel:
     """A frozen base with one live LoRA adapter."""
 
-    def __init__(self, base: nn.Module, config: AdapterConfig) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        config: AdapterConfig,
+        layer_scales: Callable[[list[str]], dict[str, float]] | None = None,
+    ) -> None:
+        """Attach the adapter.
+
+        Args:
+            base: A transformers model.
+            config: Rank, scale and targets.
+            layer_scales: From the adapted layers' names, in the model's order, to what each one's
+                scale is multiplied by; layers left out keep theirs. See `Method.layer_scales`.
+
+        Raises:
+            ModelError: The targets fit no layer.
+        """
         from peft import LoraConfig, get_peft_model
 
         targets = _targets(base, config)
@@ -76,6 +94,19 @@ class AdaptedModel:
             ) from error
         self.base = base
         self.layers = _find_layers(self.module)
+        if layer_scales is not None:
+            self._scale_layers(layer_scales(list(self.layers)), config)
+
+    def _scale_layers(self, scales: dict[str, float], config: AdapterConfig) -> None:
+        """Multiply the branches, in peft's own terms, so that a saved adapter says it too."""
+        pattern: dict[str, float] = {}
+        for name, scale in scales.items():
+            module, alpha = self.layers[name].module, config.alpha * scale
+            module.lora_alpha[ADAPTER] = alpha
+            module.scaling[ADAPTER] = alpha / config.rank
+            pattern[re.escape(name)] = alpha
+        self.peft_config.alpha_pattern = pattern
+        self.layers = _find_layers(self.module)
 
     def parameters(self, a: bool = True, b: bool = True) -> dict[str, nn.Parameter]:
         """The trainable factors by name; factors left out are frozen."""
@@ -89,6 +120,19 @@ class AdaptedModel:
                 if wanted:
                     chosen[name] = parameter
         return chosen
+
+    def carried(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds, by name: the factors, trained or frozen."""
+        found: dict[str, nn.Parameter] = {}
+        for layer in self.layers.values():
+            found[layer.a] = layer.module.lora_A[ADAPTER].weight
+            found[layer.b] = layer.module.lora_B[ADAPTER].weight
+        return found
+
+    def merged(self) -> nn.Module:
+        """An ordinary model with the live adapter inside its weights; this one is used up."""
+        model: nn.Module = self.module.merge_and_unload()  # type: ignore[operator]
+        return model
 
 
 def _config_of(base: nn.Module) -> Any:

@@ -8,6 +8,8 @@ one concatenated low-rank product beside it: exact in both, at a cost that grows
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -78,6 +80,41 @@ class Past:
         a, b = self.combined(layer)
         return b @ a
 
+    def original(self, layer: AdaptedLayer) -> torch.Tensor:
+        """W_0 [d_out, d_in] of one layer in fp32, a copy. Collective: yes (at ZeRO 3)."""
+        if layer.name in self._original:
+            kept = self._original[layer.name]
+            return kept.to(self._engine.device, torch.float32, copy=True)
+        with self._engine.gathered([layer.weight]):
+            return layer.weight.detach().float().clone()
+
+    @contextmanager
+    def subtracted(self) -> Iterator[None]:
+        """The model of W_0 - V instead of W_0 + V, for forwards inside the context.
+
+        A branch of -2 V stands beside every layer, in both modes: W_0 + V - 2 V. No weight is
+        touched, so none has to be put back. Collective: no.
+        """
+        handles = []
+        for layer in self._adapted.layers.values() if self.stages else ():
+            handles.append(layer.module.register_forward_hook(_subtract(*self.combined(layer))))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def subtracted_weight(self, layer: AdaptedLayer) -> torch.Tensor:
+        """W_0 - V [d_out, d_in] of one layer in fp32, from what the layer holds now.
+
+        After folding that is W_merged - 2 V, not W_merged - V. Collective: yes (at ZeRO 3).
+        """
+        with self._engine.gathered([layer.weight]):
+            weight = layer.weight.detach().float().clone()
+        if not self.stages:
+            return weight
+        return weight.sub_(self.delta(layer), alpha=2.0 if self.mode == "fold" else 1.0)
+
     def _fold(self, layer: AdaptedLayer) -> tuple[float, float]:
         """Write W_0 + V into W; squared rounding error and squared norm of V."""
         with self._engine.gathered([layer.weight], write=True):
@@ -99,6 +136,16 @@ class Past:
             return output + delta.to(output.dtype)
 
         return hook
+
+
+def _subtract(a: torch.Tensor, b: torch.Tensor) -> Any:
+    """A hook that takes 2 V x from a layer's output."""
+
+    def hook(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        delta = linear(linear(arguments[0].to(a.dtype), a), b)
+        return output - (2.0 * delta).to(output.dtype)
+
+    return hook
 
 
 def choose_mode(asked: str, dtype: torch.dtype) -> Literal["fold", "branch"]:

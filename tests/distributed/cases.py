@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from toys import make_parts
 
+from accrete.pipeline import checkpoint
+from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
 from accrete.pipeline.models.lora import initial_factors, load_factors
 from accrete.pipeline.stage_runner import StageRunner
@@ -25,7 +27,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
-    """Two tasks through the stage runner: losses, all factors, the method's state."""
+    """Tasks through the stage runner: losses, all factors or weights, the method's state."""
     parts = make_parts(ranks, folder, **params)
     StageRunner(parts).run()
     parts.recorder.close()
@@ -35,6 +37,11 @@ def sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     if ranks.rank == 0:
         result["losses"] = losses(folder)
         for stage in range(len(parts.tasks)):
+            if parts.method.trains == "weights":
+                live = checkpoint.load(parts.run.path, Position(stage=stage), "state")
+                for name, value in live.items():
+                    result[f"{stage}/{name.removeprefix('factor/')}/W"] = value
+                continue
             for name, (a, b) in load_factors(parts.run.stage(stage).adapter).items():
                 result[f"{stage}/{name}/A"], result[f"{stage}/{name}/B"] = a, b
     return result
@@ -153,6 +160,22 @@ def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     with counted() as counts:
         train_task(stage, parts.method, parts.recorder)
     return {"counts": dict(counts)}
+
+
+def frozen(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """A of the second task as this rank has it, when it was written and after training."""
+    parts = make_parts(ranks, folder, **params)
+    runner = StageRunner(parts)
+    runner._learn(0, None)
+    stage = runner._stage(1)
+    stage.write_factors(initial_factors(parts.adapted, 3, 1))
+    parts.engine.reset_optimizer()
+    parts.method.on_task_start(stage)
+    layers = parts.adapted.layers.values()
+    result: dict[str, Any] = {f"written/{layer.a}": stage.read(layer.a) for layer in layers}
+    train_task(stage, parts.method, parts.recorder)
+    result.update({f"trained/{layer.a}": stage.read(layer.a) for layer in layers})
+    return result
 
 
 def fisher(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
@@ -311,6 +334,7 @@ CASES = {
         sequence,
         zero_in_gap,
         traffic,
+        frozen,
         fisher,
         reset,
         interrupted,

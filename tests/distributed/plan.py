@@ -6,7 +6,7 @@ import os
 import re
 
 from harness import Case
-from method_settings import FOUR, SETTINGS
+from method_settings import FOUR, QUIET, SETTINGS
 
 MODELS = ("t5", "llama")
 STAGES = (0, 1, 2, 3)
@@ -235,6 +235,65 @@ def methods(world: int, zeros: tuple[int | None, ...]) -> list[Case]:
     ]
 
 
+WHOLE_WEIGHTS = ("full", "ewc", "gpm")
+"""Methods that train all weights: also with every weight in pieces."""
+PARTITIONED = (
+    "lora_subtraction_triplet",
+    "sr2_lora",
+    "sr2_lora_uncached",
+    "inf_lora",
+    "o_lora",
+    "keep_lora",
+)
+"""Methods that read other weights than the factors, write frozen factors or look at trained ones in
+a step: also with every parameter in pieces."""
+FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
+"""Methods that write A and train B alone."""
+
+
+def method_traffics() -> list[Case]:
+    """What a method sends in a step, beside `traffics`."""
+    return [
+        Case(
+            f"traffic-{kind}-zero{zero}",
+            "traffic",
+            {"model": "t5", "zero": zero, "micro": 2, **SETTINGS[kind]},
+        )
+        for kind in (*QUIET, "lora_subtraction_triplet", *WHOLE_WEIGHTS)
+        for zero in STAGES
+    ]
+
+
+def pooled(world: int, zero: int | None) -> list[Case]:
+    """Two micro-batches a step, of the same rows over all ranks."""
+    kind = "lora_subtraction_triplet"
+    params = {"zero": zero, "micro": micro(world, 2), "tasks": 2, **SETTINGS[kind]}
+    return [Case(f"methodpooled-{kind}", "sequence", {"model": "t5", **params})]
+
+
+def partitioned(kind: str) -> list[Case]:
+    """ZeRO 3 with every parameter in pieces, however small."""
+    params = {"zero": 3, "micro": 4, "tasks": 3, "whole_below": 0, **SETTINGS[kind]}
+    return [
+        Case(f"methodpartitioned-{kind}-{model}", "sequence", {"model": model, **params})
+        for model in MODELS
+    ]
+
+
+def frozens() -> list[Case]:
+    """What each rank holds of a frozen A, before and after training."""
+    return [
+        Case(
+            f"frozen-{kind}-{model}-zero{zero}",
+            "frozen",
+            {"model": model, "zero": zero, "micro": 4, **SETTINGS[kind]},
+        )
+        for kind in FROZEN
+        for model in MODELS
+        for zero in STAGES
+    ]
+
+
 def method_resumes() -> list[Case]:
     """Every method cut in the middle of its second task, and resumed."""
     return [
@@ -275,6 +334,7 @@ WORLDS: dict[int, list[Case]] = {
         *consolidations((None,)),
         Case("rows-5", "rows", {"count": 5}),
         *methods(1, (None,)),
+        *pooled(1, None),
     ],
     2: [
         *hook_reality(),
@@ -307,6 +367,11 @@ WORLDS: dict[int, list[Case]] = {
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2, STAGES),
         *method_resumes(),
+        *[case for kind in WHOLE_WEIGHTS for case in partitioned(kind)],
+        *method_traffics(),
+        *frozens(),
+        *[case for kind in PARTITIONED for case in partitioned(kind)],
+        *pooled(2, 2),
     ],
     4: [
         *equivalence(4),

@@ -20,6 +20,7 @@ from accrete.pipeline.distributed.plain import PlainEngine
 from accrete.pipeline.distributed.zero import ZeroEngine
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.config import AdapterConfig, ModelConfig
+from accrete.pipeline.models.full import FullModel
 from accrete.pipeline.models.load import ModelFacts
 from accrete.pipeline.models.lora import AdaptedModel
 from accrete.pipeline.models.past import Past
@@ -95,10 +96,23 @@ def memorise(model: torch.nn.Module, rows: list[EncodedRow], kind: str) -> None:
     model.requires_grad_(False)
 
 
+def own_loss(model: torch.nn.Module, row: EncodedRow, kind: str) -> torch.Tensor:
+    """A row's negative log-likelihood as transformers itself computes it."""
+    if kind == "t5":
+        inputs = {"input_ids": [row.prompt], "labels": [row.answer]}
+    else:
+        labels = [-100] * len(row.prompt) + row.answer
+        inputs = {"input_ids": [row.prompt + row.answer], "labels": [labels]}
+    loss = model(**{name: torch.tensor(value) for name, value in inputs.items()}).loss
+    return loss * len(row.answer)
+
+
 class ToyRows:
     """Rows of unequal lengths in a fixed cyclic order; the `TrainRows` face."""
 
-    def __init__(self, task: int, num_rows: int, global_batch: int) -> None:
+    def __init__(
+        self, task: int, num_rows: int, global_batch: int, closed: int | None = None
+    ) -> None:
         pick = random.Random(task)
         self.all = [
             EncodedRow(
@@ -109,6 +123,9 @@ class ToyRows:
             )
             for i in range(num_rows)
         ]
+        if closed is not None:  # so many answers for all rows
+            known = [row.answer for row in self.all[:closed]]
+            self.all = [replace(row, answer=pick.choice(known)) for row in self.all]
         self.num_rows = num_rows
         self.global_batch = global_batch
         self.steps_per_epoch = -(-num_rows // global_batch)
@@ -126,7 +143,12 @@ def make_config(method: Any, **changes: Any) -> RunConfig:
         seed=3,
         tasks=[TaskConfig(name=name) for name in NAMES[: changes.pop("tasks", 2)]],
         model=ModelConfig(builder="tiny_t5"),
-        adapter=AdapterConfig(rank=5, alpha=10.0, past=changes.pop("past", "fold")),
+        adapter=AdapterConfig(
+            rank=5,
+            alpha=10.0,
+            past=changes.pop("past", "fold"),
+            lines=changes.pop("lines", None),
+        ),
         method=method,
         engine=EngineConfig(**changes.pop("engine", {})),
         data=DataConfig(window_batches=1),
@@ -155,14 +177,21 @@ def make_parts(
     learned: list[EncodedRow] | None = None,
     dtype: str = "fp32",
     tasks: int = 2,
+    closed: int | None = None,
+    lines: float | None = None,
+    whole_below: int | None = None,
 ) -> Parts:
-    """All pieces of a run on a toy model; zero None is the plain engine."""
+    """All pieces of a run on a toy model; zero None is the plain engine.
+
+    `closed` tasks have so many labels; others have open answers.
+    """
     chosen_class = method_class(method)
     method_config = chosen_class.Config(**(settings or {}))
     engine_settings = {"kind": "plain"} if zero is None else {"zero_stage": zero}
     config = make_config(
         method_config,
         past=past,
+        lines=lines,
         engine=engine_settings,
         train={"micro_batch_size": micro, **(train or {})},
         every_steps=every_steps,
@@ -175,8 +204,12 @@ def make_parts(
         memorise(base, learned, model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = AdaptedModel(base, config.adapter)
     chosen = chosen_class(method_config)
+    adapted = (
+        FullModel(base, chosen.weights)
+        if chosen.trains == "weights"
+        else AdaptedModel(base, config.adapter, chosen.layer_scales)
+    )
     settings_ = OptimizerSettings(
         optimizer=config.train.optimizer,
         eps=config.train.eps,
@@ -205,6 +238,7 @@ def make_parts(
             accumulation=micro_batches,
             micro_batch=micro,
             bucket_elements=2000,
+            whole_below=whole_below,
         )
     if chosen.peeks:
         engine.watch()
@@ -215,8 +249,16 @@ def make_parts(
         config=config,
         run=run,
         model_path="toy",
-        tasks=[SimpleNamespace(name=n, num_eval=0, metric="exact_match") for n in NAMES[:tasks]],
-        open_rows=lambda task, index: ToyRows(index, rows, batch),
+        tasks=[
+            SimpleNamespace(
+                name=n,
+                num_eval=0,
+                metric="exact_match",
+                labels=None if closed is None else tuple(f"label {i}" for i in range(closed)),
+            )
+            for n in NAMES[:tasks]
+        ],
+        open_rows=lambda task, index: ToyRows(index, rows, batch, closed),
         adapted=adapted,
         engine=engine,
         past=Past(adapted, engine, past, chosen.merge),

@@ -82,7 +82,7 @@ class Joint(Method):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def make(method):
-        monkeypatch.setitem(toys.METHODS, "asked", (method, SequentialConfig))
+        monkeypatch.setattr(toys, "method_class", lambda kind: method)
         parts = toys.make_parts(
             ALONE, tmp_path, model="llama", zero=None, micro=4, method="asked", rows=16
         )

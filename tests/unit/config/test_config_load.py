@@ -364,3 +364,25 @@ def test_loading_needs_no_torch_and_is_quick() -> None:
         "assert time.process_time() - start < 1, time.process_time() - start\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_lines_needs_an_adapter_per_task(write: Write) -> None:
+    file = write("r.yaml", BASE + "adapter: {lines: 0.3}\n")
+    [(where, path, message, hint)] = problems(file)
+    assert (where, path) == ("r.yaml:5", "adapter.lines")
+    assert "`method.kind: sequential`" in message
+    assert "inc_lora" in hint
+    for kind in ("inc_lora", "per_task"):
+        assert load_recipe(file, [f"method.kind={kind}"]).config.adapter.lines == 0.3
+    for kind in ("no_such_method", "replay"):
+        assert problems(file, f"method.kind={kind}")
+    assert problems(file, "method.kind=inc_lora", "adapter.lines=1.5")[0][1] == "adapter.lines"
+
+
+def test_contradicting_replay_settings_are_told_in_the_recipes_terms(write: Write) -> None:
+    file = write("r.yaml", BASE)
+    given = ["method.kind=replay", "method.memory=reservoir", "method.fraction=0.1"]
+    [(where, path, message, _)] = problems(file, *given)
+    assert path == "method"
+    assert "`fraction`" in message
+    assert where

@@ -54,6 +54,21 @@ def test_one_seed_is_mcnemars_test(tmp_path: Path) -> None:
     assert (test.a, test.b) == ("ewc_lora", "sequential")
 
 
+def test_intransigence_against_tasks_trained_alone(tmp_path: Path) -> None:
+    alone = [[1] * 19 + [0]], [[0] * 20, [1] * 18 + [0] * 2]
+    runs = [
+        write_run(tmp_path / "good", GOOD, method="ewc_lora"),
+        write_run(tmp_path / "alone", alone, method="per_task"),
+    ]
+    (setting,) = compare_runs(runs).settings
+    # Diagonals: 95 and 90 alone, 90 and 80 in the sequence.
+    numbers, warning = setting.notes
+    assert numbers.endswith("minus the line's own): ewc_lora +7.5.")
+    assert "newest task's adapter" in warning
+    (setting,) = compare_runs(runs[:1]).settings
+    assert setting.notes == []
+
+
 def test_holm_over_all_pairs(tmp_path: Path) -> None:
     middle = [FIRST], [[0] * 8 + [1] * 8 + [0] * 4, [1] * 16 + [0] * 4]
     runs = [

@@ -48,7 +48,7 @@ def test_euler_identity():
     assert float((grad_b * b).sum() / (2 * value)) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("world", [2, 3, 5, 8, 30])
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 6, 7, 8, 30])
 def test_row_shards_sum_to_the_whole(world):
     f, a, b = problem()
     value, grad_a, grad_b = fisher.penalty(f, a, b, 2.0, 3.7)
@@ -90,22 +90,43 @@ def test_dense_gradient_sum():
     )
 
 
-def test_sequential_ewc_on_quadratics_reaches_the_joint_optimum():
+def settle(weight, curvature, optimum, accumulated, strength=1.0):
+    """argmin of h (w - w*)^2 / 2 + R(w - weight), by the gradient that `penalty` gives."""
+    delta = torch.zeros(len(weight), 1, dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    f = torch.from_numpy(accumulated).view(-1, 1)
+    step = 1.5 / torch.from_numpy(curvature + strength * accumulated).view(-1, 1)
+    for _ in range(200):
+        _, _, pull = fisher.penalty(f, one, delta, 1.0, strength)
+        task = torch.from_numpy(curvature * (weight + delta.view(-1).numpy() - optimum))
+        delta -= step * (task.view(-1, 1) + pull)
+    return weight + delta.view(-1).numpy()
+
+
+def test_sequential_ewc_on_quadratics_stays_at_the_joint_optimum():
     """With exact diagonal Fishers and lambda = gamma = 1, one after another equals all at once."""
     rng = np.random.default_rng(0)
     curvature = rng.random((4, 8)) + 0.1
     optimum = rng.normal(size=(4, 8))
     weight, accumulated = np.zeros(8), np.zeros(8)
-    for h, w in zip(curvature, optimum, strict=True):
-        # argmin of h (x - w)^2 / 2 + R(x - weight), by the gradient that `penalty` gives.
-        delta = torch.zeros(8, 1, dtype=torch.float64)
-        one = torch.ones(1, 1, dtype=torch.float64)
-        f = torch.from_numpy(accumulated).view(8, 1)
-        for _ in range(400):
-            _, _, pull = fisher.penalty(f, one, delta, 1.0, 1.0)
-            task = torch.from_numpy(h * (weight + delta.view(-1).numpy() - w)).view(8, 1)
-            delta -= (task + pull) / torch.from_numpy(h + accumulated).view(8, 1)
-        weight = weight + delta.view(-1).numpy()
+    for done, (h, w) in enumerate(zip(curvature, optimum, strict=True), start=1):
+        weight = settle(weight, h, w, accumulated)
         accumulated = accumulated + h
-    joint = (curvature * optimum).sum(0) / curvature.sum(0)
-    np.testing.assert_allclose(weight, joint, rtol=1e-10)
+        joint = (curvature * optimum)[:done].sum(0) / curvature[:done].sum(0)
+        np.testing.assert_allclose(weight, joint, rtol=1e-10)
+    # Control: without the first task's Fisher it ends elsewhere.
+    lost = settle(joint, curvature[0], optimum[0], curvature[3])
+    assert not np.allclose(lost, joint, rtol=1e-2)
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 30.0])
+def test_forgetting_of_two_quadratic_tasks(strength):
+    """L1(w_2) - L1(w_1) = 1/2 sum h1 ((h2 / (h2 + lambda h1)) (w2* - w1*))^2."""
+    rng = np.random.default_rng(1)
+    h1, h2 = rng.random((2, 8)) + 0.1
+    w1, w2 = rng.normal(size=(2, 8))
+    first = settle(np.zeros(8), h1, w1, np.zeros(8))
+    second = settle(first, h2, w2, h1, strength)
+    lost = 0.5 * (h1 * (second - w1) ** 2).sum() - 0.5 * (h1 * (first - w1) ** 2).sum()
+    expected = 0.5 * (h1 * (h2 / (h2 + strength * h1) * (w2 - w1)) ** 2).sum()
+    assert lost == pytest.approx(expected, rel=1e-8)

@@ -1,0 +1,178 @@
+"""Gradient Projection Memory: the linear layers are trained, but not on inputs of earlier tasks.
+
+For every distinct input of the linear layers an orthonormal basis M [d_in, m] of earlier tasks'
+inputs is kept. After each optimizer step the update is projected, dW <- dW (I - M M^T), so that
+dW x = 0 for every x in the span of M, whatever the optimizer did (Adam, momentum, weight decay).
+Embeddings, norms, biases and the output head stay as they came: then a row whose inputs lie in the
+spans goes through the whole network unchanged.
+
+Cost: no snapshot of the weights is needed. M is fixed during a task, so "every update is projected"
+is the same as "W M stays what it was": after a step W <- W - (W M - K) M^T with K = W M from the
+task's start, which also keeps rounding from adding up. That is 4 d_out d_in m operations per layer
+and step and, at ZeRO 3 alone, one gathering of each layer's weights. M and K are kept whole by
+every rank. A task's end adds one forward pass over its rows and one decomposition per input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from accrete.pipeline.distributed.comm import broadcast_any, owner_of, reduce_to
+from accrete.pipeline.errors import MethodError
+from accrete.pipeline.math.subspace import add_outer, grow_basis, residual
+from accrete.pipeline.methods.base import Method, MethodConfig
+from accrete.pipeline.models.full import full_layers
+from accrete.pipeline.statistics import input_names, visit_inputs
+
+if TYPE_CHECKING:
+    from accrete.pipeline.models.full import FullLayer
+    from accrete.pipeline.stage import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpmConfig(MethodConfig):
+    """Settings of GPM."""
+
+    kind: str = "gpm"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the squared length of a task's inputs that the memory holds when the task ends.
+    More protects more and leaves less room for later tasks."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a task that its inputs are measured on; default: all training rows."""
+    project: Literal["update", "gradient"] = "update"
+    """`update`: after the optimizer, which holds the guarantee. `gradient`: before it, as the
+    reference code does; right for plain SGD without weight decay only, as Adam's division leads
+    the update back into the protected space."""
+    others: Literal["frozen", "trained"] = "frozen"
+    """Embeddings, norms, biases and the output head. `trained` gives room to learn and leaves the
+    guarantee to each layer alone: the inputs themselves then drift."""
+
+
+class Gpm(Method):
+    """Full weights of the linear layers, updates orthogonal to earlier inputs."""
+
+    Config: ClassVar[type[MethodConfig]] = GpmConfig
+    summary: ClassVar[str] = "linear layers trained orthogonally to earlier tasks' inputs (GPM)"
+    source: ClassVar[str] = "Saha et al., Gradient Projection Memory (ICLR 2021)"
+    trains: ClassVar[Literal["factors", "weights"]] = "weights"
+    fresh_adapter: ClassVar[bool] = False
+
+    def __init__(self, config: GpmConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+        self.memory: dict[str, torch.Tensor] = {}
+        """Name of an input -> M [d_in, m], the same on every rank."""
+        self._inputs: dict[str, str] = {}
+        """Layer -> name of its input."""
+        self._kept: dict[str, torch.Tensor] = {}
+        """Layer -> K = W M [d_out, m] of the task's start."""
+        self._handles: list[Any] = []
+        self._place = (0, 1)
+        self._device = torch.device("cpu")
+
+    def bind(self, rank: int, world: int, device: torch.device) -> None:
+        """Remember which decompositions are this rank's."""
+        self._place = (rank, world)
+        self._device = device
+
+    @property
+    def weights(self) -> Literal["all", "linear"]:
+        """As `others` says."""
+        return "linear" if self.settings.others == "frozen" else "all"
+
+    # -- a task -------------------------------------------------------------------------------
+
+    def on_task_start(self, stage: Stage) -> None:
+        """Find out who reads what, and what W M is to stay. Collective: at ZeRO 3."""
+        self._forget_task()
+        layers = full_layers(stage.adapted)
+        if len({layer.parameter for layer in layers}) < len(layers):
+            raise MethodError(
+                "gpm: some linear layers of this model share one weight; accrete keeps one input "
+                "space per weight. Choose another method."
+            )
+        self._inputs = input_names(stage)
+        for layer in layers:
+            basis = self._basis(layer)
+            if basis is None:
+                continue
+            if self.settings.project == "gradient":
+                parameter = stage.engine.parameters[layer.parameter]
+                handle = parameter.register_hook(_projection(basis))  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+            else:
+                self._kept[layer.name] = stage.engine.value(layer.parameter) @ basis
+
+    def after_step(self, stage: Stage) -> None:
+        """Take out of the update what earlier inputs would see. Collective: at ZeRO 3."""
+        for layer in full_layers(stage.adapted):
+            basis = self._basis(layer)
+            if basis is None or layer.name not in self._kept:
+                continue
+            weight = stage.engine.value(layer.parameter)
+            stage.engine.write(layer.parameter, hold(weight, basis, self._kept[layer.name]))
+
+    def _basis(self, layer: FullLayer) -> torch.Tensor | None:
+        return self.memory.get(self._inputs.get(layer.name, ""))
+
+    def on_task_end(self, stage: Stage) -> None:
+        """Grow the memory until it holds the task's inputs. Collective: yes."""
+        self._forget_task()
+        rank, world = self._place
+        sizes = {
+            self._inputs[layer.name]: layer.module.in_features
+            for layer in full_layers(stage.adapted)
+            if layer.name in self._inputs
+        }
+        totals = {
+            name: torch.zeros(size, size, device=self._device) for name, size in sizes.items()
+        }
+        visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.rows)
+        for number, name in enumerate(sorted(totals)):
+            owner = owner_of(number, world)
+            covariance = reduce_to(totals.pop(name), owner, world)
+            grown = None
+            if rank == owner:
+                grown = grow_basis(self.memory.get(name), covariance, self.settings.threshold)
+            self.memory[name] = broadcast_any(grown, owner, world)
+        directions = sum(basis.shape[1] for basis in self.memory.values())
+        stage.notes["memory_share"] = directions / sum(sizes.values())
+
+    def _forget_task(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._kept.clear()
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """M of every input. Collective: no."""
+        return {f"basis/{name}": basis.cpu() for name, basis in self.memory.items()}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Every rank keeps all of it."""
+        for key, basis in tensors.items():
+            self.memory[key.removeprefix("basis/")] = basis.to(self._device, copy=True)
+
+    def state_bytes(self) -> int:
+        """Bytes of the bases."""
+        return sum(basis.numel() * basis.element_size() for basis in self.memory.values())
+
+
+def hold(weight: torch.Tensor, basis: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix to W [d_out, d_in] whose product with M [d_in, m] is K [d_out, m].
+
+    With K = W_old M this is W_old + (W - W_old)(I - M M^T). Changes W in place and returns it.
+    """
+    return weight.addmm_(weight @ basis - kept, basis.T, alpha=-1.0)
+
+
+def _projection(basis: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    # Linear, so each rank may project its own gradient before they are averaged.
+    return lambda gradient: residual(gradient, basis)

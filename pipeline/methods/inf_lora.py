@@ -1,0 +1,177 @@
+"""InfLoRA: a new task trains B alone, on an A that earlier tasks' inputs cannot reach.
+
+Before a task, A = the r leading principal directions of the task's inputs outside the protected
+space M, divided by sqrt 3 and frozen. So A M = 0, and whatever the optimizer does to B, the update
+s B A moves no output for an input in the span of M. After the task, M grows until it holds the
+share eps + (1 - eps) t/T of that task's inputs (DualGPM).
+
+Cost: a step is one of plain LoRA without A's gradient. A task adds two forward passes over its rows
+(at its start, at its end) and a decomposition per distinct input, shared out among the ranks, each
+of which keeps only the bases that it owns: 1/N of them, at most d/2 columns each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from accrete.pipeline.distributed.comm import broadcast, broadcast_any, owner_of, reduce_to
+from accrete.pipeline.math.dual_gpm import DualMemory, grow, open_directions, powered
+from accrete.pipeline.math.subspace import add_outer
+from accrete.pipeline.methods.base import Method, MethodConfig
+from accrete.pipeline.statistics import input_names, visit_inputs
+
+if TYPE_CHECKING:
+    from accrete.pipeline.models.lora import AdaptedLayer
+    from accrete.pipeline.stage import Stage
+
+PROTECTED, FREE = "basis/protected/", "basis/free/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfLoraConfig(MethodConfig):
+    """Settings of InfLoRA."""
+
+    kind: str = "inf_lora"
+    eps: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of the first task's inputs that is protected; task t of T (from 0) has
+    eps + (1 - eps) t/T. More protects more and leaves less room. Published for images: 0.95 and
+    0.98, counted with `power: 2`."""
+    power: Literal[1, 2] = 1
+    """1 counts the inputs' squared length, as the paper writes it: then an update changes the old
+    outputs' mean square by at most its squared norm times the share left out. 2 works with the
+    squared covariance throughout, as the reference code does; it protects fewer directions for the
+    same eps, and shares of the two are not comparable."""
+    first_fill: Literal["reached", "one_fewer"] = "reached"
+    """The first task's share is reached, or missed by one direction, as in the reference code."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a task that its inputs are measured on; default: all training rows."""
+
+
+class InfLora(Method):
+    """Frozen A outside the space of earlier inputs, trained B."""
+
+    Config: ClassVar[type[MethodConfig]] = InfLoraConfig
+    summary: ClassVar[str] = "frozen A orthogonal to earlier tasks' inputs, DualGPM (InfLoRA)"
+    source: ClassVar[str] = "Liang and Li, InfLoRA (CVPR 2024)"
+
+    def __init__(self, config: InfLoraConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+        self.memory: dict[str, DualMemory] = {}
+        """Name of an input -> what is protected there; this rank's share of them."""
+        self._names: list[str] = []
+        """All inputs, sorted: their places say who owns them."""
+        self._place = (0, 1)
+        self._device = torch.device("cpu")
+
+    def bind(self, rank: int, world: int, device: torch.device) -> None:
+        """Remember which inputs are this rank's."""
+        self._place = (rank, world)
+        self._device = device
+
+    def trainable(self, factor: str) -> bool:
+        """B alone."""
+        return factor == "B"
+
+    # -- the frozen A -------------------------------------------------------------------------
+
+    def on_task_start(self, stage: Stage) -> None:
+        """Measure the new task's inputs and write A. Collective: yes."""
+        readers = self._readers(stage)
+        totals = self._covariances(stage, readers)
+        world = self._place[1]
+        narrow = 0
+        for number, name in enumerate(self._names):
+            layers, owner = readers[name], owner_of(number, world)
+            shape = (layers[0].module.r["default"], layers[0].module.base_layer.in_features)
+            a = torch.zeros(shape, device=self._device)
+            if name in totals:
+                inputs = powered(totals.pop(name), self.settings.power)
+                found = open_directions(self.memory.get(name), inputs, shape[0])
+                a[: len(found)] = found / math.sqrt(3)
+            broadcast(a, owner, world)
+            narrow += int((a.abs().sum(1) == 0).any())
+            for layer in layers:
+                stage.write(layer.a, a)
+        if narrow:
+            stage.notes["inputs_without_room"] = float(narrow)
+
+    def _readers(self, stage: Stage) -> dict[str, list[AdaptedLayer]]:
+        """Input -> the layers that read it, which share A and M. Collective: at ZeRO 3."""
+        readers: dict[str, list[AdaptedLayer]] = {}
+        for layer, name in input_names(stage).items():
+            readers.setdefault(name, []).append(stage.adapted.layers[layer])
+        self._names = sorted(readers)
+        return readers
+
+    def _covariances(
+        self, stage: Stage, readers: dict[str, list[AdaptedLayer]]
+    ) -> dict[str, torch.Tensor]:
+        """Sum of x x^T over all ranks' rows, for the inputs that this rank owns. Collective: yes.
+
+        Every rank holds all of them during the pass.
+        """
+        totals = {
+            name: torch.zeros(size, size, device=self._device)
+            for name, layers in readers.items()
+            for size in [layers[0].module.base_layer.in_features]
+        }
+        visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.rows)
+        rank, world = self._place
+        for number, name in enumerate(self._names):
+            owner = owner_of(number, world)
+            reduce_to(totals[name], owner, world)
+            if owner != rank:
+                del totals[name]
+        return totals
+
+    # -- the memory ---------------------------------------------------------------------------
+
+    def on_task_end(self, stage: Stage) -> None:
+        """Protect the finished task's inputs, as the trained model sees them. Collective: yes."""
+        eps = self.settings.eps
+        share = eps + (1 - eps) * stage.index / len(stage.config.tasks)
+        totals = self._covariances(stage, self._readers(stage))
+        for name in list(totals):
+            inputs = powered(totals.pop(name), self.settings.power)
+            one_fewer = self.settings.first_fill == "one_fewer"
+            self.memory[name] = grow(self.memory.get(name), inputs, share, one_fewer)
+        stage.notes["protected_share"] = share
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every input's basis, of the protected or of the free space. Collective: yes."""
+        rank, world = self._place
+        tensors: dict[str, torch.Tensor] = {}
+        for number, name in enumerate(self._names):
+            mine = self.memory.get(name)
+            owner = owner_of(number, world)
+            basis = broadcast_any(None if mine is None else mine.basis, owner, world)
+            free = torch.tensor([0 if mine is None else int(mine.free)], device=self._device)
+            broadcast(free, owner, world)
+            if rank == 0:
+                tensors[(FREE if free.item() else PROTECTED) + name] = basis.cpu()
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep the inputs that this rank owns."""
+        rank, world = self._place
+        found: dict[str, DualMemory] = {}
+        for key, basis in tensors.items():
+            free = key.startswith(FREE)
+            name = key.removeprefix(FREE if free else PROTECTED)
+            found[name] = DualMemory(basis, free)
+        self._names = sorted(found)
+        self.memory = {
+            name: DualMemory(found[name].basis.to(self._device, copy=True), found[name].free)
+            for number, name in enumerate(self._names)
+            if owner_of(number, world) == rank
+        }
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's bases."""
+        return sum(m.basis.numel() * m.basis.element_size() for m in self.memory.values())

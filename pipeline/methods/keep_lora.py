@@ -1,0 +1,292 @@
+"""KeepLoRA: updates that leave the pretrained and the learned input directions alone.
+
+For every layer, M spans the principal input directions U_w of its pretrained weight and what its
+inputs filled in earlier tasks. A is frozen, its rows the leading right singular vectors of the
+task's dense gradient outside M; B starts at zero and is trained. A M = 0, so s B A changes nothing
+on span(M), whatever the optimizer does to B.
+
+Cost: nothing in a training step (A has no gradient). At the ends of a task one pass forward and
+backward over its rows, one forward, and the decompositions, which the ranks share: a layer's basis
+lies with one rank alone, which sends out A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from accrete.pipeline.distributed import comm
+from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.math.fisher import add_gradients
+from accrete.pipeline.math.row_space import join_bases, residual_rows, row_basis
+from accrete.pipeline.math.subspace import add_outer, grow_basis
+from accrete.pipeline.methods.base import Method, MethodConfig
+from accrete.pipeline.statistics import input_names, visit_gradients, visit_inputs
+
+if TYPE_CHECKING:
+    from accrete.pipeline.models.lora import AdaptedLayer
+    from accrete.pipeline.stage import Stage
+
+AT_ONCE = 4
+"""Weights per rank that are looked at together: bounds the memory, lets ranks work side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepLoraConfig(MethodConfig):
+    """Settings of KeepLoRA."""
+
+    kind: str = "keep_lora"
+    eps_w: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Share of the squared singular values of a pretrained weight whose input directions are kept;
+    0: none. The reference takes 0.6 for a language model, 0.2 and 0.85 for CLIP's towers."""
+    eps_f: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Share of a finished task's energy at a layer's input that is kept from later ones; 0: none.
+    """
+    memory: Literal["features", "gradients"] = "features"
+    """What a finished task leaves: its `features`, one basis per distinct input, as the paper says;
+    or its `gradients`, one per layer, as the reference's code for language models does. Gradients
+    span less and protect less."""
+    gradient_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a task that its gradients are averaged over; default: all. (The reference: 10 to 20 %
+    of them.)"""
+    gradient_tokens: Literal["sum", "mean"] = "sum"
+    """A row's loss is summed over its label tokens, as in training, or averaged."""
+    feature_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a task that its features are taken from; default: all."""
+
+
+class KeepLora(Method):
+    """Frozen A in the residual space, trained B, exact merge."""
+
+    Config: ClassVar[type[MethodConfig]] = KeepLoraConfig
+    summary: ClassVar[str] = "updates outside the principal and the learned input space (KeepLoRA)"
+    source: ClassVar[str] = (
+        "Luo et al. 2026, KeepLoRA: continual learning with residual gradient adaptation"
+    )
+
+    def __init__(self, config: KeepLoraConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+        self.memory: dict[str, torch.Tensor] = {}
+        """Input (or layer, for gradients) -> basis [d_in, k] on the CPU; this rank's alone, once a
+        task has started."""
+        self.principal: dict[str, torch.Tensor] = {}
+        """Layer -> U_w [d_in, p] on the CPU; this rank's alone."""
+        self._inputs: dict[str, str] = {}
+        self._owners: dict[str, int] = {}
+        self._decomposed = False
+        self._place = (0, 1)
+        self._device = torch.device("cpu")
+
+    def bind(self, rank: int, world: int, device: torch.device) -> None:
+        """Remember which rank this is."""
+        self._place = (rank, world)
+        self._device = device
+
+    def trainable(self, factor: str) -> bool:
+        """B alone; A holds the directions that are free."""
+        return factor == "B"
+
+    # -- who does what ------------------------------------------------------------------------
+
+    def _plan(self, stage: Stage) -> None:
+        """Layers to inputs, inputs to ranks. Collective: yes, at its first call."""
+        if self._inputs:
+            return
+        self._inputs = input_names(stage)
+        self._owners = share_out(self._inputs, self._place[1])
+        # What was loaded is whole on every rank.
+        self.memory = {key: basis for key, basis in self.memory.items() if self._mine(key)}
+
+    def _mine(self, layer: str) -> bool:
+        """Whether this rank decomposes for a layer (an input has the name of a layer)."""
+        return self._owners[layer] == self._place[0]
+
+    def _key(self, layer: str) -> str:
+        """Name of the memory that a layer reads."""
+        return self._inputs[layer] if self.settings.memory == "features" else layer
+
+    # -- the start of a task ------------------------------------------------------------------
+
+    def on_sequence_start(self, stage: Stage) -> None:
+        """Principal input directions of every W_0, on the rank that needs them."""
+        self._decompose_weights(stage)
+
+    def _decompose_weights(self, stage: Stage) -> None:
+        """Collective: yes (at ZeRO 3 one weight at a time is whole)."""
+        self._plan(stage)
+        if self.settings.eps_w == 0 or self._decomposed:
+            return
+        self._decomposed = True
+        layers = list(stage.adapted.layers.values())
+        size = AT_ONCE * self._place[1]
+        for start in range(0, len(layers), size):
+            held: dict[str, torch.Tensor] = {}
+            for layer in layers[start : start + size]:
+                weight = stage.past.original(layer)
+                if self._mine(layer.name):
+                    held[layer.name] = weight
+            for name, weight in held.items():
+                self.principal[name] = row_basis(weight, self.settings.eps_w).cpu()
+
+    def on_task_start(self, stage: Stage) -> None:
+        """Write A: the gradient's main directions outside M. On resume the checkpoint has A."""
+        self._decompose_weights(stage)
+        if stage.restored:
+            return
+        rank = stage.config.adapter.rank
+        gradients = self._gradients(stage)
+        found: dict[str, torch.Tensor] = {}
+        for name in list(gradients):
+            found[name], _ = residual_rows(gradients.pop(name), self._basis(name), rank)
+        for layer in stage.adapted.layers.values():
+            columns = layer.module.base_layer.in_features
+            mine = found.get(layer.name)
+            a = torch.empty(rank, columns, device=self._device) if mine is None else mine
+            comm.broadcast(a, self._owners[layer.name], self._place[1])
+            stage.write(layer.a, a)
+
+    def _basis(self, layer: str) -> torch.Tensor | None:
+        """M of one of this rank's layers, fp64."""
+        parts = (self.memory.get(self._key(layer)), self.principal.get(layer))
+        memory, principal = (None if p is None else p.to(self._device) for p in parts)
+        return join_bases(memory, principal)
+
+    def _gradients(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """G [d_out, d_in] of this rank's layers: mean over rows, fp32. Collective: yes."""
+        totals: dict[str, torch.Tensor] = {}
+        for layer in stage.adapted.layers.values():
+            linear = layer.module.base_layer
+            size = (linear.out_features, linear.in_features)
+            totals[layer.name] = torch.zeros(size, device=self._device)
+
+        def visit(layer: AdaptedLayer, x: torch.Tensor, g: torch.Tensor) -> None:
+            add_gradients(totals[layer.name], x, g)
+
+        count = visit_gradients(
+            stage,
+            visit,
+            token_mean=self.settings.gradient_tokens == "mean",
+            max_rows=self.settings.gradient_rows,
+        )
+        self._to_owners(totals)
+        return {name: total.div_(count) for name, total in totals.items()}
+
+    def _to_owners(self, totals: dict[str, torch.Tensor]) -> None:
+        """Sum over ranks; each keeps its own. Collective: yes."""
+        for name in list(totals):
+            comm.reduce_to(totals[name], self._owners[name], self._place[1])
+            if not self._mine(name):
+                del totals[name]
+
+    # -- the end of a task --------------------------------------------------------------------
+
+    def on_task_end(self, stage: Stage) -> None:
+        """Grow the memory by what this task filled, at its final weights. Collective: yes."""
+        self._plan(stage)
+        self._note_empty_rows(stage)
+        if self.settings.eps_f > 0:
+            features = self.settings.memory == "features"
+            seen = self._features(stage) if features else self._gradients(stage)
+            for name in list(seen):
+                gram = seen.pop(name)
+                if not features:
+                    gram = gram.double()
+                    gram = gram.T @ gram
+                old = self.memory.get(name)
+                old = None if old is None else old.to(self._device)
+                self.memory[name] = grow_basis(old, gram, self.settings.eps_f).cpu()
+        largest = max((b.shape[1] / b.shape[0] for b in self.memory.values()), default=0.0)
+        stage.notes["memory_share"] = max(comm.gather(largest, self._place[1]))
+
+    def _features(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """Sum of x x^T [d_in, d_in] over tokens, of this rank's inputs. Collective: yes."""
+        totals: dict[str, torch.Tensor] = {}
+        for layer, name in self._inputs.items():
+            if layer == name:
+                columns = stage.adapted.layers[layer].module.base_layer.in_features
+                totals[name] = torch.zeros(columns, columns, device=self._device)
+        visit_inputs(
+            stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.feature_rows
+        )
+        self._to_owners(totals)
+        return totals
+
+    def _note_empty_rows(self, stage: Stage) -> None:
+        """Say it when A has rows that found no free direction. Collective: at ZeRO 3."""
+        empty = total = 0
+        for layer in stage.adapted.layers.values():
+            a = stage.read(layer.a)
+            empty, total = empty + int((a == 0).all(1).sum()), total + len(a)
+        stage.notes["empty_rows"] = float(empty)
+        if empty:
+            stage.notes["warning"] = (
+                f"{empty} of {total} rows of A are zero: fewer directions than the rank are left "
+                "outside the protected space, or have any gradient. Lower method.eps_w or "
+                "method.eps_f to leave more room."
+            )
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The memory, whole, on rank 0. U_w follows from W_0 and is not in it. Collective: yes."""
+        rank, world = self._place
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[str] = set()
+        for owner, names in enumerate(comm.gather(list(self.memory), world)):
+            for name in names:
+                if name in seen:
+                    continue
+                seen.add(name)
+                own = self.memory[name].to(self._device) if rank == owner else None
+                basis = comm.broadcast_any(own, owner, world)
+                if rank == 0:
+                    tensors[f"basis/{self.settings.memory}/{name}"] = basis.cpu()
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the whole memory; what is other ranks' goes when a task starts.
+
+        Raises:
+            CheckpointError: It was made with another `method.memory`.
+        """
+        self.memory.clear()
+        for key, basis in tensors.items():
+            _, made, name = key.split("/", 2)
+            if made != self.settings.memory:
+                raise CheckpointError(
+                    f"method.memory: given: {self.settings.memory}; this run's checkpoints were "
+                    f"made with {made}. Resume with that, or start a new run."
+                )
+            if not self._owners or self._mine(name):
+                self.memory[name] = basis.cpu()
+
+    def state_bytes(self) -> int:
+        """Bytes of the bases that this rank keeps."""
+        held = [*self.memory.values(), *self.principal.values()]
+        return sum(basis.numel() * basis.element_size() for basis in held)
+
+
+def share_out(inputs: dict[str, str], world: int) -> dict[str, int]:
+    """Which rank decomposes for which layer: those that read one input are one rank's.
+
+    Args:
+        inputs: Layer -> name of its input.
+        world: Ranks in all.
+
+    Returns:
+        Layer -> rank; inputs with many readers go first, each to the rank with the least so far.
+    """
+    readers: dict[str, list[str]] = {}
+    for layer, name in inputs.items():
+        readers.setdefault(name, []).append(layer)
+    load = [0] * world
+    owners: dict[str, int] = {}
+    for layers in sorted(readers.values(), key=len, reverse=True):
+        rank = load.index(min(load))
+        load[rank] += len(layers)
+        owners.update(dict.fromkeys(layers, rank))
+    return owners

@@ -1,0 +1,164 @@
+"""Experience replay: some rows of earlier tasks are trained again beside the new task's rows.
+
+The rows are chosen at a task's end, by seed, the same on every rank, and are saved as token ids
+with the method's state: a resumed run needs no data of earlier tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from accrete.pipeline.data.kept import KeptRows, KeptSource
+from accrete.pipeline.data.mix import MixedRows, Reader, SharedBatches
+from accrete.pipeline.data.order import generator
+from accrete.pipeline.errors import MethodError
+from accrete.pipeline.methods.base import Method, MethodConfig
+
+if TYPE_CHECKING:
+    from accrete.pipeline.data.store import TrainRows
+    from accrete.pipeline.stage import Stage
+
+CHOICE = 5
+"""Last part of the key that names the choice of rows (see `order.generator`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(MethodConfig):
+    """Settings of experience replay."""
+
+    kind: str = "replay"
+    memory: Literal["per_task", "reservoir"] = "per_task"
+    """`per_task`: so many rows of every task, kept for good; the memory grows with the tasks.
+    `reservoir`: a fixed number in all, a uniform sample of every training row seen so far."""
+    rows: Annotated[int, Field(ge=1)] = 100
+    """Rows kept: of each task (`per_task`), or in all (`reservoir`)."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`per_task` only, instead of `rows`: the share of each task's rows that is kept, such as 0.02
+    (rounded up)."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """null: every kept row is trained once an epoch, shuffled among the new task's rows. A number:
+    this share of every global batch is replayed and an epoch grows by as much."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.fraction is not None and self.memory == "reservoir":
+            raise ValueError(
+                "`fraction` is a share of one task's rows; a reservoir has a fixed size. Set "
+                "`rows`, or take `memory: per_task`"
+            )
+
+
+class Replay(Method):
+    """One adapter through all tasks, trained on new rows mixed with remembered ones."""
+
+    Config: ClassVar[type[MethodConfig]] = ReplayConfig
+    summary: ClassVar[str] = "one LoRA adapter; kept rows of earlier tasks are trained again"
+    source: ClassVar[str] = "Chaudhry et al. 2019 (tiny episodic memories); Vitter 1985 (reservoir)"
+    fresh_adapter: ClassVar[bool] = False
+
+    def __init__(self, config: ReplayConfig) -> None:
+        super().__init__(config)
+        self.settings = config
+        self.kept: KeptRows | None = None
+        """The memory, whole on every rank (it is read by all of them)."""
+        self.seen = 0
+        """Training rows of all finished tasks."""
+
+    def wrap_data(self, stage: Stage, rows: TrainRows) -> TrainRows:
+        """The new task's rows mixed with what is kept.
+
+        Raises:
+            MethodError: `share` of a batch of one row.
+        """
+        seed, batch = stage.config.seed, stage.config.train.global_batch_size
+        if self.settings.share is not None and batch < 2:
+            raise MethodError(
+                f"method.share: given: {self.settings.share} with train.global_batch_size=1; "
+                "allowed: with batches of at least 2 rows, which hold new and kept ones. Raise "
+                "train.global_batch_size, or set method.share=null."
+            )
+        if self.kept is None:
+            return rows
+        kept = KeptSource(self.kept, seed, stage.index, batch)
+        if self.settings.share is None:
+            return MixedRows([rows, kept], seed, stage.index, batch)
+        replayed = min(max(round(self.settings.share * batch), 1), batch - 1)
+        return SharedBatches(rows, kept, seed, stage.index, batch, replayed)
+
+    def on_task_end(self, stage: Stage) -> None:
+        """Choose among the task's own rows. Collective: no (every rank does the same)."""
+        own = stage.rows_of(stage.index)
+        random = generator(stage.config.seed, stage.index, 0, CHOICE)
+        old = [] if self.kept is None else self.kept.unpack()
+        if self.settings.memory == "reservoir":
+            places = reservoir(random, self.settings.rows, self.seen, own.num_rows)
+        else:
+            chosen = quota(random, self._quota(own.num_rows), own.num_rows)
+            places = {len(old) + number: place for number, place in enumerate(chosen)}
+        reader = Reader(own, stage.config.train.global_batch_size)
+        found = reader.pick(0, places.values())
+        slots = dict(enumerate(old))
+        slots.update({slot: (stage.index, found[place]) for slot, place in places.items()})
+        self.kept = KeptRows.pack([slots[slot] for slot in range(len(slots))])
+        self.seen += own.num_rows
+        stage.notes["kept_rows"] = float(len(self.kept))
+
+    def _quota(self, count: int) -> int:
+        fraction = self.settings.fraction
+        return self.settings.rows if fraction is None else math.ceil(fraction * count)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The kept rows and the number of rows seen."""
+        if self.kept is None:
+            return {}
+        return {
+            "kept/tokens": self.kept.tokens,
+            "kept/lengths": self.kept.lengths,
+            "kept/origin": self.kept.origin,
+            "seen/rows": torch.tensor([self.seen]),
+        }
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `state_dict`; nothing is kept where another method made the earlier stages."""
+        if not tensors:
+            return
+        names = ("tokens", "lengths", "origin")
+        self.kept = KeptRows(*(tensors[f"kept/{name}"] for name in names))
+        self.seen = int(tensors["seen/rows"])
+
+    def state_bytes(self) -> int:
+        """Bytes of the kept token ids, their lengths and origins."""
+        return 0 if self.kept is None else self.kept.num_bytes
+
+
+def quota(random: np.random.Generator, size: int, count: int) -> list[int]:
+    """`size` different numbers below `count` (all, if there are fewer), each set as likely."""
+    chosen: list[int] = sorted(random.permutation(count)[:size].tolist())
+    return chosen
+
+
+def reservoir(random: np.random.Generator, size: int, seen: int, count: int) -> dict[int, int]:
+    """Let `count` further rows pass a reservoir.
+
+    Args:
+        random: Decides.
+        size: Rows that the reservoir holds at most.
+        seen: Rows that have passed it before.
+        count: Rows that pass it now.
+
+    Returns:
+        Slot -> number (below `count`) of the row that is in it now; other slots are unchanged.
+        After n rows each of them is in the reservoir with probability min(1, size / n).
+
+    Source: Vitter 1985, algorithm R.
+    """
+    total = np.arange(seen, seen + count)
+    slots = random.integers(0, total + 1)
+    slots = np.where(total < size, total, slots)
+    return {int(slots[row]): int(row) for row in np.flatnonzero(slots < size)}

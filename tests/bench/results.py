@@ -1,0 +1,256 @@
+"""`make results`: every method on standard order 1, on a real model and real rows.
+
+Goes through a fixed list of runs, one after another, each an ordinary `accrete run` in a folder of
+its own; what is finished is passed over and what was cut off is resumed, so it may be stopped and
+started again at any time. After every run the table in docs/results.md is written anew.
+
+The rule of the search is the same for all methods: `TRIALS` runs over the first two tasks, seed 0,
+scored on dev rows; the settings with the highest average performance are taken (for `per_task` the
+highest plasticity: its stages know nothing of each other); the earlier trial where two are equal.
+Methods with a strength try two strengths at two learning rates, the others four learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "results.md"
+TRIALS = 4
+RATES = ("5e-4", "1e-3")
+MORE_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
+STRENGTHS: dict[str, tuple[str, tuple[str, str]]] = {
+    "ewc_lora": ("method.lambda", ("1e3", "1e4")),
+    "ewc": ("method.lambda", ("1e3", "1e4")),
+    "sr2_lora": ("method.mu", ("0.1", "1.0")),
+    "o_lora": ("method.lambda_1", ("0.1", "0.5")),
+    "lwf": ("method.weight", ("1.0", "3.0")),
+    "lora_subtraction": ("method.energy", ("0.9", "0.99")),
+    "keep_lora": ("method.feature_energy", ("0.9", "0.99")),
+    "keep_lora_pp": ("method.feature_energy", ("0.9", "0.99")),
+    "inf_lora": ("method.epsilon", ("0.9", "0.98")),
+    "gpm": ("method.energy", ("0.9", "0.99")),
+    "replay": ("method.rows_per_task", ("16", "64")),
+}
+"""Kind -> the setting that says how much is protected, and the two values tried."""
+THREE_SEEDS = (
+    "sequential",
+    "ewc_lora",
+    "sr2_lora",
+    "lora_subtraction",
+    "keep_lora",
+    "keep_lora_pp",
+    "o_lora",
+    "replay",
+)
+WEIGHTS = ("full", "ewc", "gpm")
+"""Methods that train all weights take a tenth of the learning rate."""
+BOUNDS = ("joint", "per_task")
+ORDER = (*THREE_SEEDS, "inc_lora", "inf_lora", *BOUNDS, "lwf", *WEIGHTS)
+MODELS = {"smollm2_135m": "standard_cl/order1_smollm2", "small_t5": "standard_cl/order1_small_t5"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the list."""
+
+    folder: Path
+    recipe: str
+    overrides: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        return ["run", self.recipe, *self.overrides, "--run-dir", str(self.folder)]
+
+    @property
+    def matrix(self) -> dict[str, Any] | None:
+        """Its results, if it is finished."""
+        events = self.folder / "events.jsonl"
+        if not events.is_file() or '"run_finished"' not in events.read_text():
+            return None
+        found: dict[str, Any] = json.loads((self.folder / "matrix.json").read_text())
+        return found
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Its events of one kind."""
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+class Plan:
+    """The runs of one model, in the order in which they are made."""
+
+    def __init__(self, out: Path, data: Path, model: str) -> None:
+        self.out = out / model
+        self.data = data
+        self.recipe = MODELS[model]
+        self.model = model
+
+    def _run(self, name: str, kind: str, overrides: tuple[str, ...]) -> Run:
+        fixed = (f"data.root={self.data}", f"method={kind}", "eval.forward_transfer=false")
+        return Run(self.out / kind / name, self.recipe, (*fixed, *overrides))
+
+    def settings(self, kind: str) -> list[tuple[str, ...]]:
+        """The settings of each trial of a method."""
+        tenth = kind in WEIGHTS
+        if kind not in STRENGTHS:
+            return [(f"train.learning_rate={_rate(rate, tenth)}",) for rate in MORE_RATES]
+        key, values = STRENGTHS[kind]
+        return [
+            (f"train.learning_rate={_rate(rate, tenth)}", f"{key}={value}")
+            for rate, value in product(RATES, values)
+        ]
+
+    def trials(self, kind: str) -> list[Run]:
+        """The search of a method."""
+        search = ("tasks=[dbpedia, amazon]", "data.eval_split=dev", "data.max_eval_examples=100")
+        return [
+            self._run(f"trial-{number}", kind, (*search, *settings))
+            for number, settings in enumerate(self.settings(kind))
+        ]
+
+    def chosen(self, kind: str) -> tuple[str, ...] | None:
+        """The settings that the search took; None while it is not finished."""
+        key = "plasticity" if kind == "per_task" else "average_performance"
+        scores = []
+        for run in self.trials(kind):
+            matrix = run.matrix
+            if matrix is None:
+                return None
+            scores.append(float(matrix["metrics"][key]))
+        return self.settings(kind)[scores.index(max(scores))]
+
+    def main(self, kind: str, seed: int) -> Run | None:
+        """A run over the whole sequence with the chosen settings."""
+        chosen = self.chosen(kind)
+        if chosen is None:
+            return None
+        more = (f"seed={seed}", "data.max_eval_examples=200")
+        return self._run(f"seed-{seed}", kind, (*chosen, *more))
+
+    def seeds(self, kind: str) -> range:
+        """The seeds of a method."""
+        return range(3 if kind in THREE_SEEDS and self.model == "smollm2_135m" else 1)
+
+
+def _rate(rate: str, tenth: bool) -> str:
+    return f"{float(rate) / 10:g}" if tenth else rate
+
+
+def perform(run: Run) -> None:
+    """Make a run, or what is left of it."""
+    if run.matrix is not None:
+        return
+    begun = (run.folder / "run.json").is_file()
+    command = ["resume", str(run.folder)] if begun else run.command
+    print("+ accrete", shlex.join(command), flush=True)
+    log = run.folder.parent / f"{run.folder.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "accrete.launch.cli", *command], stdout=file, stderr=file
+        )
+    if done.returncode != 0:
+        print(f"  exit status {done.returncode}, see {log}; going on with the next", flush=True)
+
+
+def table(plan: Plan, kinds: list[str]) -> str:
+    """The Markdown table of what is finished."""
+    lines = [
+        "| method | seeds | AP | BWT | plasticity | seconds | state, bytes per rank | chosen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in kinds:
+        runs = [plan.main(kind, seed) for seed in plan.seeds(kind)]
+        done = [run for run in runs if run is not None and run.matrix is not None]
+        if not done:
+            trials = sum(run.matrix is not None for run in plan.trials(kind))
+            lines.append(f"| `{kind}` | not run yet ({trials} of {TRIALS} trials) | | | | | | |")
+            continue
+        metrics = [run.matrix["metrics"] for run in done if run.matrix is not None]
+        seconds = [sum(e["seconds"] for e in run.events("run_finished")) for run in done]
+        state = max(e["state_bytes"] for e in done[-1].events("consolidated"))
+        cells = [
+            _mean([m[name] for m in metrics])
+            for name in ("average_performance", "backward_transfer", "plasticity")
+        ]
+        chosen = " ".join(f"`{text}`" for text in plan.chosen(kind) or ())
+        lines.append(
+            f"| `{kind}` | {len(done)} | {' | '.join(cells)} | {statistics.median(seconds):.0f} | "
+            f"{state:,.0f} | {chosen} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def write_page(plan: Plan, kinds: list[str]) -> None:
+    """Put the table between its two marks in docs/results.md."""
+    begin, end = f"<!-- begin {plan.model} -->", f"<!-- end {plan.model} -->"
+    text = PAGE.read_text()
+    if begin not in text:
+        raise SystemExit(f"{PAGE}: the mark {begin} is missing.")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n{table(plan, kinds)}\n{end}{after}")
+
+
+def main() -> None:
+    """Go through the list."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="make results")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "compact")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2_135m")
+    parser.add_argument("--methods", nargs="+", choices=ORDER, default=list(ORDER))
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--table", action="store_true", help="write the table and stop")
+    arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        raise SystemExit(f"--data {arguments.data}: no such folder; it holds the benchmark rows.")
+    plan = Plan(arguments.out, arguments.data, arguments.model)
+    kinds = list(arguments.methods)
+    if not (arguments.list or arguments.table):
+        work(plan, kinds)
+    if arguments.list:
+        for kind in kinds:
+            found = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
+            for run in found:
+                if run is not None:
+                    print("done" if run.matrix else "open", "accrete", shlex.join(run.command))
+        return
+    write_page(plan, list(ORDER))
+
+
+def work(plan: Plan, kinds: list[str]) -> None:
+    """Search and first seed of every method, then the other seeds."""
+    for kind in kinds:
+        for run in plan.trials(kind):
+            perform(run)
+        first = plan.main(kind, 0)
+        if first is not None:
+            perform(first)
+        write_page(plan, list(ORDER))
+    for kind in kinds:
+        for seed in plan.seeds(kind)[1:]:
+            run = plan.main(kind, seed)
+            if run is not None:
+                perform(run)
+                write_page(plan, list(ORDER))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Whole runs of methods that train the model's own weights, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+SMALL = ("train.max_steps=3", "eval.forward_transfer=false")
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def full(accrete, recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("full") / "run"
+    accrete("run", recipe, "method=full", *SMALL, "--run-dir", folder)
+    return folder
+
+
+def test_a_run_ends_and_scores_again_the_same(full, accrete):
+    content = json.loads((full / "matrix.json").read_text())
+    assert [len(row) for row in content["matrix"]] == [1, 2, 3]
+    assert not list(full.glob("stages/*/adapter"))
+    for stage in range(3):
+        state = load_file(full / f"checkpoints/stage-{stage}/state.safetensors")
+        assert len(state) == 21  # every weight of the model, no moments
+        assert {value.dtype for value in state.values()} == {torch.float32}
+    done = accrete("score", full, "--stage", 1, "--json")
+    again = [item["score"] for item in json.loads(done.stdout)["scores"]]
+    assert again == content["matrix"][1]
+
+
+def test_export_is_the_trained_model(full, accrete, llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    accrete("export", full, "--out", tmp_path / "merged", "--stage", 1)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    state = load_file(full / "checkpoints/stage-1/state.safetensors")
+    assert {f"factor/{name}" for name in exported} == set(state)
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"factor/{name}"])
+        assert not torch.equal(value, base[name])
+    done = accrete("export", full, "--out", tmp_path / "adapter", "--form", "adapter", check=False)
+    assert done.returncode == 2
+    assert "--form merged" in done.stderr
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_resumed_after_a_task_is_bit_identical(full, accrete, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(full, cut)
+    # As after a kill in the third task: its end was never written.
+    for name in ("checkpoints/stage-2", "stages/2"):
+        shutil.rmtree(cut / name)
+    (cut / "matrix.json").unlink()
+    accrete("resume", cut)
+    assert events(cut, "resumed")[-1]["stage"] == 1
+    name = "checkpoints/stage-2/state.safetensors"
+    assert (cut / name).read_bytes() == (full / name).read_bytes()
+    assert (cut / "matrix.json").read_text() == (full / "matrix.json").read_text()
+
+
+def test_branches_keep_to_weights(full, accrete, tmp_path):
+    """To GPM, whose frozen weights are those of the shared stage; not to an adapter."""
+    folder = tmp_path / "branch"
+    accrete("branch", full, "method=gpm", "--from-stage", 0, "--run-dir", folder)
+    first = [e["loss"] for e in events(full, "step")]
+    branched = [e["loss"] for e in events(folder, "step")]
+    assert branched[:3] == first[:3]
+    assert branched[3] == pytest.approx(first[3], rel=1e-5)
+    state, started, further = (
+        load_file(run / f"checkpoints/stage-{stage}/state.safetensors")
+        for run, stage in ((folder, 2), (full, 0), (full, 2))
+    )
+    frozen = [n for n in state if "embed" in n or "norm" in n or "lm_head" in n]
+    assert len(frozen) == 7
+    assert all(torch.equal(state[name], started[name]) for name in frozen)
+    assert not any(torch.equal(state[name], further[name]) for name in frozen)
+    done = accrete(
+        "branch",
+        full,
+        "method=inc_lora",
+        "--from-stage",
+        0,
+        "--run-dir",
+        tmp_path / "no",
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "the model's own weights" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_bf16_weights_are_refused_before_anything_is_made(accrete, recipe, tmp_path):
+    folder = tmp_path / "run"
+    done = accrete(
+        "run", recipe, "method=ewc", "model.dtype=bf16", "--run-dir", folder, check=False
+    )
+    assert done.returncode == 2
+    assert "model.dtype" in done.stderr
+    assert not folder.exists()

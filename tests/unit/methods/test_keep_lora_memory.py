@@ -1,0 +1,201 @@
+"""What KeepLoRA keeps of finished tasks: what it spans, how it is stored, when it fills up."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from keep_lora_runs import (
+    EPS,
+    MODELS,
+    RANK,
+    TASKS,
+    Watched,
+    cached,
+    features,
+    gradients,
+    leading,
+    make,
+    rows_of,
+    span,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
+
+import toys
+
+from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.methods.keep_lora import KeepLora, KeepLoraConfig, share_out
+from accrete.pipeline.stage_runner import StageRunner
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return cached(tmp_path_factory)
+
+
+# -- the memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_memory_is_grown_from_the_features_of_the_final_model(runs, model):
+    run = runs(model)
+    for task in range(TASKS):
+        seen = features(run, model, task + 1, rows_of(run, task))
+        for name, basis in run.after[task].items():
+            x, old = seen[name], run.before[task].get(name)
+            count = 0 if old is None else old.shape[1]
+            inside = np.zeros((32, 32)) if old is None else span(old.T)
+            outside = x - x @ inside
+            _, values, right = np.linalg.svd(outside, full_matrices=False)
+            held = (x**2).sum() - (values**2).sum() + np.concatenate([[0], np.cumsum(values**2)])
+            added = int(np.argmax(held >= EPS["eps_f"] * (x**2).sum()))
+            assert basis.shape[1] == count + added
+            expected = inside + right[:added].T @ right[:added]
+            wide = basis.double().numpy()
+            np.testing.assert_allclose(wide @ wide.T, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["features", "gradients"])
+@pytest.mark.parametrize("model", MODELS)
+def test_memory_grows_only_and_stays_orthonormal(runs, model, memory):
+    run = runs(model, settings={**EPS, "memory": memory})
+    readers = set(run.method._inputs.values() if memory == "features" else run.method._inputs)
+    grown = 0
+    for task in range(TASKS):
+        assert set(run.after[task]) == readers
+        for name, basis in run.after[task].items():
+            old = run.before[task].get(name, basis[:, :0])
+            assert old.shape[1] <= basis.shape[1] <= 32
+            assert torch.equal(basis[:, : old.shape[1]], old)
+            gram = basis.double().T @ basis.double()
+            assert float((gram - torch.eye(len(gram))).abs().max()) < 1e-5
+            grown += basis.shape[1] > old.shape[1] > 0
+        share = max(b.shape[1] / 32 for b in run.after[task].values())
+        assert run.notes[task]["memory_share"] == pytest.approx(share)
+    assert grown > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradient_memory_is_grown_from_gradients(runs, model):
+    run = runs(model, settings={**EPS, "memory": "gradients"})
+    found = gradients(run, model, 1, rows_of(run, 0))
+    for name, basis in run.after[0].items():
+        expected = leading(found[name], EPS["eps_f"])
+        assert basis.shape[1] == len(expected)
+        wide = basis.double().numpy()
+        np.testing.assert_allclose(wide @ wide.T, expected.T @ expected, atol=1e-3)
+
+
+def test_gradients_span_no_more_than_the_inputs(tmp_path):
+    """So their memory protects a part of what the features' memory does."""
+    run = Watched(
+        tmp_path, "llama", settings={**EPS, "eps_f": 1.0, "feature_rows": 1}, tasks=1, rows=3
+    )
+    row = rows_of(run, 0)[:1]
+    for name, gradient in gradients(run, "llama", 1, row).items():
+        inside = span(run.after[0][run.method._key(name)].T)
+        assert np.trace(inside) < 31
+        assert np.linalg.norm(gradient - gradient @ inside) < 1e-5 * np.linalg.norm(gradient)
+
+
+# -- no room --------------------------------------------------------------------------------------
+
+
+def test_rows_without_room_are_zero_and_said(tmp_path):
+    run = Watched(tmp_path, "llama", settings={"eps_w": 0.9, "eps_f": 0.97})
+    empty = []
+    for task in range(TASKS):
+        zero = 0
+        for name, (a, b) in run.factors[task].items():
+            hosted = int(a.any(1).sum())
+            free = 32 - round(float(np.trace(span_at(run, task, name))))
+            assert hosted == min(RANK, free)
+            assert bool(a[:hosted].any(1).all())
+            assert not a[hosted:].any()
+            assert not b[:, hosted:].any()  # nothing drives them
+            zero += RANK - hosted
+        empty.append(zero)
+        assert run.notes[task]["empty_rows"] == zero
+        assert ("warning" in run.notes[task]) == (zero > 0)
+    assert empty[0] < empty[-1]
+    assert "eps_w" in run.notes[-1]["warning"]
+
+
+def span_at(run, task, name):
+    weight = toys.base_model("llama").get_submodule(name).weight.double().numpy()
+    memory = run.before[task].get(run.method._key(name))
+    return span(leading(weight, 0.9), *([] if memory is None else [memory.T]))
+
+
+def test_there_is_room_by_default_settings_of_the_toys(runs):
+    for note in runs("llama").notes:
+        assert note["empty_rows"] == 0
+        assert "warning" not in note
+
+
+# -- state ----------------------------------------------------------------------------------------
+
+
+def test_state_is_the_memory_alone(runs):
+    run = runs("t5")
+    state = run.method.state_dict()
+    assert set(state) == {f"basis/features/{name}" for name in run.after[-1]}
+    other = KeepLora(KeepLoraConfig(**EPS))
+    other.bind(0, 1, torch.device("cpu"))
+    other.load_state_dict(state)
+    for name, basis in run.after[-1].items():
+        assert torch.equal(other.memory[name], basis)
+    assert other.state_bytes() == sum(4 * b.numel() for b in run.after[-1].values())
+    held = [*run.method.memory.values(), *run.method.principal.values()]
+    assert run.method.state_bytes() == sum(4 * b.numel() for b in held) > other.state_bytes()
+
+
+def test_state_of_another_memory_is_refused(runs):
+    other = KeepLora(KeepLoraConfig(memory="gradients"))
+    with pytest.raises(CheckpointError, match=r"method\.memory: given: gradients"):
+        other.load_state_dict(runs("t5").method.state_dict())
+
+
+@pytest.mark.parametrize("past", ["fold", "branch"])
+def test_a_resumed_run_finds_the_same_principal_directions(tmp_path, past):
+    """U_w comes from W_0, which later deltas must not have touched, and A from the checkpoint."""
+    parts = make(tmp_path, "llama", past=past)
+    runner = StageRunner(parts)
+    parts.method.on_sequence_start(runner._stage(0))
+    runner._learn(0, None)
+    runner._learn(1, None)
+    again = KeepLora(KeepLoraConfig(**EPS))
+    again.bind(0, 1, torch.device("cpu"))
+    again.load_state_dict(parts.method.state_dict())
+    stage = runner._stage(2)
+    stage.restored = True
+    fresh = stage.factors()
+    again.on_task_start(stage)
+    for name, columns in parts.method.principal.items():
+        assert torch.equal(again.principal[name], columns)
+    for name, (a, b) in stage.factors().items():
+        assert torch.equal(a, fresh[name][0])
+        assert torch.equal(b, fresh[name][1])
+    original = parts.past.original(parts.adapted.layers[name])
+    assert torch.equal(original, toys.base_model("llama").get_submodule(name).weight)
+
+
+def test_work_is_shared_out_evenly():
+    names = {f"encoder.{i}.{x}": f"encoder.{i}.q" for i in range(3) for x in "qv"}
+    names |= {f"cross.{i}": "cross.0" for i in range(6)}
+    for world in (1, 2, 3, 4):
+        owners = share_out(names, world)
+        assert owners == share_out(dict(names), world)
+        for layer, name in names.items():
+            assert owners[layer] == owners[name]
+        load = [list(owners.values()).count(rank) for rank in range(world)]
+        assert max(load) == max(6, -(-12 // world))
+
+
+def test_the_method_trains_b_alone():
+    method = KeepLora(KeepLoraConfig())
+    assert [method.trainable(x) for x in "AB"] == [False, True]
