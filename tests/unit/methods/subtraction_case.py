@@ -189,3 +189,15 @@ def assert_close(got, expected, tolerance=1e-5):
         x = torch.cat([pair[which].flatten() for pair in got.values()])
         y = torch.cat([expected[name][which].flatten() for name in got])
         assert float((x - y).norm() / y.norm()) < tolerance
+
+
+def watched(parts, look):
+    """Call `look(stage)` after every step, behind the method's own hook."""
+    hook = parts.method.after_step
+
+    def after_step(stage):
+        hook(stage)
+        look(stage)
+
+    parts.method.after_step = after_step
+    return parts

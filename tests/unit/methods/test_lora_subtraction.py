@@ -12,7 +12,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 
 
-from subtraction_case import MODELS, SHARP, Oracle, assert_close, dense, events, parts_of, run
+from subtraction_case import (
+    MODELS,
+    SHARP,
+    Oracle,
+    assert_close,
+    dense,
+    events,
+    parts_of,
+    run,
+    watched,
+)
 
 from accrete.pipeline.models.lora import initial_factors
 
@@ -48,18 +58,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 # -- the guarantee -----------------------------------------------------------------------------
-
-
-def watched(parts, look):
-    """Call `look(stage)` after every step, behind the method's own hook."""
-    hook = parts.method.after_step
-
-    def after_step(stage):
-        hook(stage)
-        look(stage)
-
-    parts.method.after_step = after_step
-    return parts
 
 
 def leak(value, p):

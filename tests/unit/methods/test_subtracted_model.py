@@ -11,7 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 
-from subtraction_case import ENERGY, MODELS, SCALE, Oracle, assert_close, events, parts_of, run
+from subtraction_case import (
+    ENERGY,
+    MODELS,
+    SCALE,
+    Oracle,
+    assert_close,
+    events,
+    parts_of,
+    run,
+    watched,
+)
 from toys import ToyRows, base_model
 
 from accrete.pipeline.errors import MethodError
