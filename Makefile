@@ -2,6 +2,7 @@
 # make test         install, then the test suite
 # make check        linters, types, import order, spelling, file length
 # make smollm2      fetch a real pretrained model of 135 M parameters into the cache
+# make results      every method on real rows and a real model; resumable, takes hours
 # make bench-methods
 #                   what every method costs beside `sequential`; hours on a CPU, and a second call
 #                   goes on where the first was cut off (BENCH='--help' lists options)
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 SOURCES := pipeline eval launch tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format smollm2 bench-methods constraints
+.PHONY: help install quickstart test check format smollm2 bench-methods results constraints
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -57,6 +58,9 @@ smollm2: install
 	$(BIN)/python -m accrete.pipeline.models.fetch_smollm2
 
 # BENCH='--tiny' only proves that it runs.
+results: install
+	$(BIN)/python tests/bench/results.py $(RESULTS)
+
 bench-methods: install
 	$(BIN)/python tests/bench/methods.py $(BENCH)
 

@@ -27,10 +27,9 @@ from accrete.pipeline.methods.fisher_memory import (
     FisherMemory,
     Rank1Fisher,
 )
+from accrete.pipeline.methods.gradient_hooks import GradientHooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from accrete.pipeline.stage import Stage
 
 
@@ -92,9 +91,7 @@ class EwcLora(Method):
         self.settings = config
         self.memory: FisherMemory | None = None
         """None if there is nothing to remember (`penalty: none`)."""
-        self._added: dict[str, torch.Tensor] = {}
-        self._task: dict[str, torch.Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks = GradientHooks()
         self._value: torch.Tensor | None = None
 
     def bind(self, rank: int, world: int, device: torch.device) -> None:
@@ -117,7 +114,7 @@ class EwcLora(Method):
 
     def on_task_start(self, stage: Stage) -> None:
         """Hook the factors' gradients, from the second task on. Collective: yes."""
-        self._unhook()
+        self.hooks.detach()
         if self.memory is None:
             return
         if self.settings.fisher_at == "pretrained":
@@ -125,11 +122,8 @@ class EwcLora(Method):
         self.memory.begin(stage)
         if stage.index == 0 or not self.memory or self.settings.lambda_ == 0:
             return
-        for layer in stage.adapted.layers.values():
-            for name in (layer.a, layer.b):
-                parameter = stage.engine.parameters[name]
-                handle = parameter.register_hook(self._edit(name))  # type: ignore[no-untyped-call]
-                self._handles.append(handle)
+        layers = stage.adapted.layers.values()
+        self.hooks.attach(stage.engine, [n for layer in layers for n in (layer.a, layer.b)])
 
     @staticmethod
     def _measure_untrained(stage: Stage, memory: FisherMemory) -> None:
@@ -143,24 +137,14 @@ class EwcLora(Method):
                 "without a Fisher of the untrained model. Start a new run with this setting."
             )
 
-    def _edit(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def hook(gradient: torch.Tensor) -> torch.Tensor:
-            before = self._task.get(name)
-            self._task[name] = gradient.detach() if before is None else before + gradient
-            added = self._added.get(name)
-            return gradient if added is None else gradient + added
-
-        return hook
-
     def before_step(self, stage: Stage) -> None:
         """Forget the last step's pieces."""
-        self._added.clear()
-        self._task.clear()
+        self.hooks.forget()
         self._value = None
 
     def before_backward(self, stage: Stage, last: bool) -> None:
         """Once a step: this rank's rows of the penalty and of its gradient, without traffic."""
-        if not (last and self._handles and self.memory is not None):
+        if not (last and self.hooks.attached and self.memory is not None):
             return
         engine = stage.engine
         value = torch.zeros((), device=engine.device)
@@ -169,25 +153,21 @@ class EwcLora(Method):
                 layer, engine.peek(layer.a), engine.peek(layer.b)
             )
             value += part
-            self._added[layer.a] = grad_a.mul_(engine.world)
-            self._added[layer.b] = grad_b.mul_(engine.world)
+            self.hooks.added[layer.a] = grad_a.mul_(engine.world)
+            self.hooks.added[layer.b] = grad_b.mul_(engine.world)
         self._value = value
 
     def step_sums(self) -> dict[str, torch.Tensor]:
         """This rank's part of R, and the norms of what the penalty and the task added here."""
         if self._value is None:
             return {}
-        penalty_norm = torch.stack(torch._foreach_norm(list(self._added.values()))).norm()
-        task_norm = torch.stack(torch._foreach_norm(list(self._task.values()))).norm()
-        return {"penalty": self._value, "penalty_norm": penalty_norm, "task_norm": task_norm}
+        return {"penalty": self._value, **self.hooks.norms()}
 
     # -- the Fisher ---------------------------------------------------------------------------
 
     def on_task_end(self, stage: Stage) -> None:
         """Estimate this task's Fisher at its final weights and add it. Collective: yes."""
-        self._unhook()
-        self._added.clear()
-        self._task.clear()
+        self.hooks.detach()
         if self.memory is None:
             return
         if self.settings.fisher_at == "each_task":
@@ -208,8 +188,3 @@ class EwcLora(Method):
     def state_bytes(self) -> int:
         """Bytes of this rank's part."""
         return 0 if self.memory is None else self.memory.state_bytes()
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()

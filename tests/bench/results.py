@@ -35,11 +35,11 @@ STRENGTHS: dict[str, tuple[str, tuple[str, str]]] = {
     "o_lora": ("method.lambda_1", ("0.1", "0.5")),
     "lwf": ("method.weight", ("1.0", "3.0")),
     "lora_subtraction": ("method.energy", ("0.9", "0.99")),
-    "keep_lora": ("method.feature_energy", ("0.9", "0.99")),
-    "keep_lora_pp": ("method.feature_energy", ("0.9", "0.99")),
-    "inf_lora": ("method.epsilon", ("0.9", "0.98")),
-    "gpm": ("method.energy", ("0.9", "0.99")),
-    "replay": ("method.rows_per_task", ("16", "64")),
+    "keep_lora": ("method.eps_f", ("0.9", "0.99")),
+    "keep_lora_pp": ("method.eps_f", ("0.9", "0.99")),
+    "inf_lora": ("method.eps", ("0.9", "0.98")),
+    "gpm": ("method.threshold", ("0.9", "0.99")),
+    "replay": ("method.rows", ("16", "64")),
 }
 """Kind -> the setting that says how much is protected, and the two values tried."""
 THREE_SEEDS = (
