@@ -8,6 +8,8 @@ import re
 from harness import Case
 from method_settings import FOUR, QUIET, SETTINGS
 
+from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
+
 MODELS = ("t5", "llama")
 STAGES = (0, 1, 2, 3)
 STRENGTH = 3.0e2
@@ -221,7 +223,16 @@ def consolidations(zeros: tuple[int | None, ...]) -> list[Case]:
     ]
 
 
-def methods(world: int, zeros: tuple[int | None, ...]) -> list[Case]:
+def shards(kind: str, world: int) -> list[tuple[str, int | None]]:
+    """The (model, ZeRO stage) that a kind runs with: all for a method, two for its variants."""
+    if world == 1:
+        return [(model, None) for model in MODELS]
+    if world == 2 and kind in METHOD_KINDS:
+        return [(model, zero) for model in MODELS for zero in STAGES]
+    return [("llama", 2), ("t5", 3)]
+
+
+def methods(world: int) -> list[Case]:
     """Every method over three tasks; `method_settings.py` has what each of them is tested with."""
     return [
         Case(
@@ -230,8 +241,7 @@ def methods(world: int, zeros: tuple[int | None, ...]) -> list[Case]:
             {"model": model, "zero": zero, "micro": BATCH // world, "tasks": 3, **SETTINGS[kind]},
         )
         for kind in (SETTINGS if world < 4 else FOUR)
-        for model in MODELS
-        for zero in zeros
+        for model, zero in shards(kind, world)
     ]
 
 
@@ -280,6 +290,9 @@ def partitioned(kind: str) -> list[Case]:
     ]
 
 
+FROZEN_STAGES = (2, 3)
+
+
 def frozens() -> list[Case]:
     """What each rank holds of a frozen A, before and after training."""
     return [
@@ -290,7 +303,7 @@ def frozens() -> list[Case]:
         )
         for kind in FROZEN
         for model in MODELS
-        for zero in STAGES
+        for zero in FROZEN_STAGES
     ]
 
 
@@ -333,7 +346,7 @@ WORLDS: dict[int, list[Case]] = {
         *scorings((None,)),
         *consolidations((None,)),
         Case("rows-5", "rows", {"count": 5}),
-        *methods(1, (None,)),
+        *methods(1),
         *pooled(1, None),
     ],
     2: [
@@ -365,7 +378,7 @@ WORLDS: dict[int, list[Case]] = {
             {"model": "t5", "zero": 3, "micro": 4, "past": "branch", **METHODS["ewc_lora"]},
         ),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
-        *methods(2, STAGES),
+        *methods(2),
         *method_resumes(),
         *[case for kind in WHOLE_WEIGHTS for case in partitioned(kind)],
         *method_traffics(),
@@ -378,7 +391,7 @@ WORLDS: dict[int, list[Case]] = {
         *fishers(4),
         *resumes(4, [(2, 2), (2, 3)]),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (3, 7, 8)],
-        *methods(4, (2, 3)),
+        *methods(4),
     ],
 }
 if ONLY := os.environ.get("ACCRETE_TEST_CASES"):  # while working on one of them
