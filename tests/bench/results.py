@@ -3,6 +3,10 @@
 Goes through a fixed list of runs, one after another, each an ordinary `accrete run` in a folder of
 its own; what is finished is passed over and what was cut off is resumed, so it may be stopped and
 started again at any time. After every run the table in docs/results.md is written anew.
+`--jobs N` makes N runs at once, on a GPU that a small model does not fill; `--set` adds overrides
+to every run:
+
+    make results RESULTS='--jobs 8 --set engine.procs=1 model.dtype=fp32 train.micro_batch_size=8'
 
 The rule of the search is the same for all methods: `TRIALS` runs over the first two tasks, seed 0,
 scored on dev rows; the settings with the highest average performance are taken (for `per_task` the
@@ -18,6 +22,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -90,15 +95,16 @@ class Run:
 class Plan:
     """The runs of one model, in the order in which they are made."""
 
-    def __init__(self, out: Path, data: Path, model: str) -> None:
+    def __init__(self, out: Path, data: Path, model: str, more: tuple[str, ...] = ()) -> None:
         self.out = out / model
         self.data = data
+        self.more = more
         self.recipe = MODELS[model]
         self.model = model
 
     def _run(self, name: str, kind: str, overrides: tuple[str, ...]) -> Run:
         fixed = (f"data.root={self.data}", f"method={kind}", "eval.forward_transfer=false")
-        return Run(self.out / kind / name, self.recipe, (*fixed, *overrides))
+        return Run(self.out / kind / name, self.recipe, (*fixed, *overrides, *self.more))
 
     def settings(self, kind: str) -> list[tuple[str, ...]]:
         """The settings of each trial of a method."""
@@ -216,15 +222,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--model", choices=list(MODELS), default="smollm2_135m")
     parser.add_argument("--methods", nargs="+", choices=ORDER, default=list(ORDER))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=v", help="for every run")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument("--table", action="store_true", help="write the table and stop")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         raise SystemExit(f"--data {arguments.data}: no such folder; it holds the benchmark rows.")
-    plan = Plan(arguments.out, arguments.data, arguments.model)
+    plan = Plan(arguments.out, arguments.data, arguments.model, tuple(arguments.set))
     kinds = list(arguments.methods)
     if not (arguments.list or arguments.table):
-        work(plan, kinds)
+        work(plan, kinds, arguments.jobs)
     if arguments.list:
         for kind in kinds:
             found = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
@@ -235,21 +243,28 @@ def main() -> None:
     write_page(plan, list(ORDER))
 
 
-def work(plan: Plan, kinds: list[str]) -> None:
-    """Search and first seed of every method, then the other seeds."""
-    for kind in kinds:
-        for run in plan.trials(kind):
-            perform(run)
-        first = plan.main(kind, 0)
-        if first is not None:
-            perform(first)
-        write_page(plan, list(ORDER))
-    for kind in kinds:
-        for seed in plan.seeds(kind)[1:]:
-            run = plan.main(kind, seed)
-            if run is not None:
-                perform(run)
-                write_page(plan, list(ORDER))
+def possible(plan: Plan, kinds: list[str]) -> list[Run]:
+    """Unfinished runs whose settings are known: search and first seed by method, then the rest."""
+    firsts = [[*plan.trials(kind), plan.main(kind, 0)] for kind in kinds]
+    others = [[plan.main(kind, seed) for seed in plan.seeds(kind)[1:]] for kind in kinds]
+    runs = (run for group in (*firsts, *others) for run in group)
+    return [run for run in runs if run is not None and run.matrix is None]
+
+
+def work(plan: Plan, kinds: list[str], jobs: int = 1) -> None:
+    """Make what is missing, `jobs` runs at a time; one that fails is left for the next call."""
+    started: set[Path] = set()
+    running: set[Future[None]] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            for run in possible(plan, kinds):
+                if len(running) < jobs and run.folder not in started:
+                    started.add(run.folder)
+                    running.add(pool.submit(perform, run))
+            if not running:
+                return
+            _, running = wait(running, return_when=FIRST_COMPLETED)
+            write_page(plan, list(ORDER))
 
 
 if __name__ == "__main__":

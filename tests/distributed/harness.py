@@ -29,8 +29,11 @@ class Case:
 class Launch:
     """The results of all cases of one world size."""
 
-    def __init__(self, world: int, cases: list[Case], out: Path, seconds: float) -> None:
+    def __init__(
+        self, world: int, cases: list[Case], out: Path, seconds: float, device: str = "cpu"
+    ) -> None:
         self.world = world
+        self.device = device
         self.out = out
         self.hung: str | None = None
         out.mkdir(parents=True)
@@ -53,12 +56,12 @@ class Launch:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu",
+                "DS_ACCELERATOR": self.device,
             }
             log = (self.out / f"log-{rank}.txt").open("wb")
             workers.append(
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "worker.py"), str(self.out)],
+                    [sys.executable, str(HERE / "worker.py"), str(self.out), self.device],
                     env=env,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -19,7 +19,7 @@ def main() -> None:
     cases = json.loads((out / "cases.json").read_text())
     from accrete.pipeline.distributed import comm
 
-    ranks = comm.start("cpu", timeout_s=60)
+    ranks = comm.start(sys.argv[2], timeout_s=60)
     from cases import CASES
     from safetensors.torch import save_file
 
@@ -32,7 +32,9 @@ def main() -> None:
         (out / f"current-{ranks.rank}").write_text(case["name"])
         try:
             values = CASES[case["kind"]](ranks, folder, **case["params"])
-            tensors = {k: v.contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)}
+            tensors = {
+                k: v.cpu().contiguous() for k, v in values.items() if isinstance(v, torch.Tensor)
+            }
             rest = {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
             save_file(tensors, folder / f"tensors-{ranks.rank}.safetensors")
             (folder / f"values-{ranks.rank}.json").write_text(json.dumps(rest))

@@ -75,6 +75,30 @@ def test_the_best_trial_is_taken_and_the_table_follows(tmp_path, monkeypatch):
     assert calls[1][0] == "run"
 
 
+def test_runs_are_made_in_order_once_and_only_when_settings_are_known(tmp_path, monkeypatch):
+    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m", ("engine.procs=1",))
+    made = []
+
+    def perform(run):
+        assert run.overrides[-1] == "engine.procs=1"
+        made.append(f"{run.folder.parent.name}/{run.folder.name}")
+        if made[-1] != "joint/trial-1":  # which fails
+            finish(run, 10.0)
+
+    monkeypatch.setattr(results, "perform", perform)
+    monkeypatch.setattr(results, "write_page", lambda *_: None)
+    results.work(plan, ["sequential", "joint"])
+    trials = [f"trial-{number}" for number in range(4)]
+    assert made == [
+        *(f"sequential/{name}" for name in (*trials, "seed-0")),
+        *(f"joint/{name}" for name in trials),
+        *(f"sequential/seed-{seed}" for seed in (1, 2)),
+    ]
+    made.clear()
+    results.work(plan, ["sequential", "joint"], jobs=3)
+    assert made == ["joint/trial-1"]
+
+
 class Done:
     def __init__(self, returncode):
         self.returncode = returncode
