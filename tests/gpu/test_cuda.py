@@ -1,8 +1,8 @@
 """On one CUDA GPU: every method as on the CPU, DeepSpeed under NCCL as plain, half precision, runs.
 
-The references are the same cases on the CPU (one plain process) in fp32; matrix products are in full
-fp32 on both sides (TF32 is off by default in PyTorch). Whoever has a GPU runs these with the rest of
-the suite, or alone: `pytest tests/gpu`.
+The references are the same cases on the CPU (one plain process) in fp32; matrix products are in
+full fp32 on both sides (TF32 is off by default in PyTorch). Whoever has a GPU runs these with the
+rest of the suite, or alone: `pytest tests/gpu`.
 """
 
 from __future__ import annotations
