@@ -39,7 +39,7 @@ quickstart: install
 	$(BIN)/accrete run quickstart --run-dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: install
 	$(BIN)/ruff check .

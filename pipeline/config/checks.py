@@ -9,6 +9,7 @@ from accrete.pipeline.config.problems import Problem, ProblemList, RecipeError, 
 from accrete.pipeline.config.run import RunConfig
 from accrete.pipeline.config.tree import Node
 from accrete.pipeline.errors import ConfigError
+from accrete.pipeline.methods.base import Method
 from accrete.pipeline.methods.registry import method_class
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -20,7 +21,7 @@ def check_together(tree: Node, problems: ProblemList) -> None:
 
     It works on the tree: so it also runs when some value has the wrong type, and names both lines.
     """
-    for check in (_check_model, _check_tasks, _check_engine, _check_scoring, _check_lines):
+    for check in (_check_model, _check_tasks, _check_engine, _check_scoring, _check_method):
         check(tree, problems)
 
 
@@ -142,15 +143,30 @@ def _check_scoring(tree: Node, problems: ProblemList) -> None:
             )
 
 
-def _check_lines(tree: Node, problems: ProblemList) -> None:
-    given, kind = _value(tree, "adapter", "lines"), _value(tree, "method", "kind")
-    if given is None or not isinstance(kind, str):
+def _check_method(tree: Node, problems: ProblemList) -> None:
+    kind = _value(tree, "method", "kind")
+    if not isinstance(kind, str):
         return
     try:
         method = method_class(kind)
     except ConfigError:
         return  # noted where the method's settings are read
-    if not (method.fresh_adapter or method.restarts):
+    _check_lines(tree, problems, kind, method)
+    tasks = _value(tree, "tasks")
+    for name in method.Config.per_task:
+        given = _value(tree, "method", name)
+        if isinstance(given, list) and isinstance(tasks, list) and len(given) != len(tasks):
+            problems.add(
+                _where(tree, "method", name),
+                f"method.{name}",
+                f"{len(given)} values were given for a sequence of {len(tasks)} tasks",
+                "give a single value, or one for each task (the first task's too)",
+            )
+
+
+def _check_lines(tree: Node, problems: ProblemList, kind: str, method: type[Method]) -> None:
+    given = _value(tree, "adapter", "lines")
+    if given is not None and not (method.fresh_adapter or method.restarts):
         problems.add(
             _where(tree, "adapter", "lines"),
             "adapter.lines",

@@ -32,6 +32,10 @@ class MethodConfig:
     kind: str
     """Name of the method, as `accrete methods ls` lists it."""
 
+    per_task: ClassVar[tuple[str, ...]] = ()
+    """Settings that may be a list with one value for every task; its length is checked when the
+    recipe is read."""
+
 
 class Method:
     """A continual-learning method; subclass it and override the hooks you need."""

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 
 from accrete.pipeline.distributed.comm import row_block
-from accrete.pipeline.errors import MethodError
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.methods.gradient_hooks import GradientHooks
 
@@ -41,6 +40,8 @@ class OLoraConfig(MethodConfig):
     lambda_2: Strength | list[Strength] = 0.0
     """Weight of the Frobenius norms of A and B; a list gives one number per task. Published: 0, and
     0 to 0.3, set by hand per task, in the long sequence."""
+
+    per_task: ClassVar[tuple[str, ...]] = ("lambda_1", "lambda_2")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class OLora(Method):
     def on_task_start(self, stage: Stage) -> None:
         """Stack the earlier tasks' A and hook the factors' gradients, if there is a penalty."""
         self._strengths = (
-            strength_at(self.settings.lambda_1, stage, "lambda_1"),
-            strength_at(self.settings.lambda_2, stage, "lambda_2"),
+            strength_at(self.settings.lambda_1, stage),
+            strength_at(self.settings.lambda_2, stage),
         )
         lambda_1, lambda_2 = self._strengths
         if lambda_2 > 0 or (lambda_1 > 0 and stage.past.stages):
@@ -187,18 +188,6 @@ def norms(live: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return lengths.sum(), live * scales[:, None, None]
 
 
-def strength_at(setting: float | list[float], stage: Stage, name: str) -> float:
-    """A strength at this stage.
-
-    Raises:
-        MethodError: A list that has not one number for every task.
-    """
-    if not isinstance(setting, list):
-        return setting
-    count = len(stage.config.tasks)
-    if len(setting) != count:
-        raise MethodError(
-            f"method.{name}: {len(setting)} numbers were given for a sequence of {count} tasks; "
-            "give a single number, or one for each task (the first task's too)."
-        )
-    return setting[stage.index]
+def strength_at(setting: float | list[float], stage: Stage) -> float:
+    """A strength at this stage."""
+    return setting[stage.index] if isinstance(setting, list) else setting

@@ -134,8 +134,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"Machine: {about['processor']}, {about['threads']} threads, Python {about['python']}, "
         f"torch {about['torch']}, commit {about['commit']}.\n\n"
         f"```sh\n{result['command']}\n```\n\n"
-        f"Adapted layers: {settings['targets']}; {settings['rows']} rows a measured task, "
-        f"{settings['rounds']} pairs of steps. Two numbers in a cell: task {tasks}. Traffic and "
+        f"Seconds: {settings['clock']} time. Adapted layers: {settings['targets']}; "
+        f"{settings['rows']} rows a measured task, {settings['rounds']} pairs of "
+        f"steps. Two numbers in a cell: task {tasks}. Traffic and "
         f"state: two processes, ZeRO {settings['zero']}.\n"
     ]
     for shape in shapes_of(result):

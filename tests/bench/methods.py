@@ -55,6 +55,12 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--zero", type=int, default=2, choices=(0, 1, 2, 3), help="ZeRO stage for the traffic")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--threads", type=int, default=None, help="of one process; default: all cores")
+    add(
+        "--clock",
+        default="wall",
+        choices=("wall", "processor"),
+        help="processor: seconds of work, with one CPU thread; other load hardly counts",
+    )
     add("--timeout", type=float, default=1800, help="seconds that one answer may take")
     add("--out", type=Path, default=Path("runs/bench-methods"), help="folder of the results")
     add("--tiny", action="store_true", help="tiny models, few steps: a test of this program")
@@ -73,6 +79,10 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         chosen.shapes = list(TINY_SHAPES if chosen.tiny else real)
     if chosen.methods is None:
         chosen.methods = [*METHODS, *VARIANTS]
+    if chosen.clock == "processor":
+        if chosen.device != "cpu" or chosen.threads not in (None, 1):
+            parser.error("--clock processor: only with --device cpu and --threads 1")
+        chosen.threads = 1
     chosen.threads = chosen.threads or os.cpu_count() or 1
     return chosen
 
@@ -92,6 +102,7 @@ def spec_of(chosen: argparse.Namespace, method: str, shape: str, procs: int) -> 
         "past": chosen.past,
         "zero": chosen.zero,
         "device": chosen.device,
+        "clock": chosen.clock,
     }
 
 
@@ -191,8 +202,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is not yet in the results; 1 if a method could not be measured."""
     chosen = options(arguments)
     path = chosen.out / "methods.json"
-    kept = ("tasks", "rounds", "rows", "simulated_rows", "targets", "past", "zero", "device")
-    settings = {key: getattr(chosen, key) for key in kept}
+    kept = (
+        "tasks",
+        "rounds",
+        "rows",
+        "simulated_rows",
+        "targets",
+        "past",
+        "zero",
+        "device",
+        "clock",
+    )
+    settings = {key: getattr(chosen, key) for key in (*kept, "device", "clock")}
     result: dict[str, Any] = {"settings": settings, "rows": []}
     if path.exists():
         before = json.loads(path.read_text())

@@ -90,7 +90,7 @@ def traffics() -> list[Case]:
             f"traffic-{method}-zero{zero}",
             "traffic",
             {
-                "model": "t5",
+                "model": "t5_short",
                 "zero": zero,
                 "micro": 2,
                 **METHODS[method],
@@ -229,7 +229,9 @@ def shards(kind: str, world: int) -> list[tuple[str, int | None]]:
         return [(model, None) for model in MODELS]
     if world == 2 and kind in METHOD_KINDS:
         return [(model, zero) for model in MODELS for zero in STAGES]
-    return [("llama", 2), ("t5", 3)]
+    if world == 2 and kind in PARTITIONED:
+        return [("llama", 2), ("t5", 3)]
+    return [("t5", 2), ("llama", 3)]
 
 
 def methods(world: int) -> list[Case]:
@@ -238,7 +240,14 @@ def methods(world: int) -> list[Case]:
         Case(
             f"method-{kind}-{model}-zero{zero}",
             "sequence",
-            {"model": model, "zero": zero, "micro": BATCH // world, "tasks": 3, **SETTINGS[kind]},
+            {
+                "model": model,
+                "zero": zero,
+                "micro": BATCH // world,
+                "tasks": 3,
+                **(in_pieces(kind, model, zero) if world == 2 else {}),
+                **SETTINGS[kind],
+            },
         )
         for kind in (SETTINGS if world < 4 else FOUR)
         for model, zero in shards(kind, world)
@@ -248,6 +257,7 @@ def methods(world: int) -> list[Case]:
 WHOLE_WEIGHTS = ("full", "ewc", "gpm")
 """Methods that train all weights: also with every weight in pieces."""
 PARTITIONED = (
+    *WHOLE_WEIGHTS,
     "lora_subtraction_triplet",
     "sr2_lora",
     "sr2_lora_uncached",
@@ -255,8 +265,9 @@ PARTITIONED = (
     "o_lora",
     "keep_lora",
 )
-"""Methods that read other weights than the factors, write frozen factors or look at trained ones in
-a step: also with every parameter in pieces."""
+"""Methods that train all weights, read other weights than the factors, write frozen factors or
+look at trained ones in a step: on the T5 at ZeRO 3 with every parameter in pieces, where by default
+small ones stay whole, as they do on the LLaMA."""
 FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
 """Methods that write A and train B alone."""
 
@@ -267,7 +278,7 @@ def method_traffics() -> list[Case]:
         Case(
             f"traffic-{kind}-zero{zero}",
             "traffic",
-            {"model": "t5", "zero": zero, "micro": 2, **SETTINGS[kind]},
+            {"model": "t5_short", "zero": zero, "micro": 2, **SETTINGS[kind]},
         )
         for kind in (*QUIET, "lora_subtraction_triplet", *WHOLE_WEIGHTS)
         for zero in STAGES
@@ -281,13 +292,10 @@ def pooled(world: int, zero: int | None) -> list[Case]:
     return [Case(f"methodpooled-{kind}", "sequence", {"model": "t5", **params})]
 
 
-def partitioned(kind: str) -> list[Case]:
-    """ZeRO 3 with every parameter in pieces, however small."""
-    params = {"zero": 3, "micro": 4, "tasks": 3, "whole_below": 0, **SETTINGS[kind]}
-    return [
-        Case(f"methodpartitioned-{kind}-{model}", "sequence", {"model": model, **params})
-        for model in MODELS
-    ]
+def in_pieces(kind: str, model: str, zero: int | None) -> dict[str, int]:
+    """The setting that has DeepSpeed partition every parameter, where it is wanted."""
+    wanted = zero == 3 and model == "t5" and kind in PARTITIONED
+    return {"whole_below": 0} if wanted else {}
 
 
 FROZEN_STAGES = (2, 3)
@@ -380,10 +388,8 @@ WORLDS: dict[int, list[Case]] = {
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2),
         *method_resumes(),
-        *[case for kind in WHOLE_WEIGHTS for case in partitioned(kind)],
         *method_traffics(),
         *frozens(),
-        *[case for kind in PARTITIONED for case in partitioned(kind)],
         *pooled(2, 2),
     ],
     4: [

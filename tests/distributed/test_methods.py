@@ -10,7 +10,6 @@ from plan import (
     FROZEN,
     FROZEN_STAGES,
     MODELS,
-    PARTITIONED,
     STAGES,
     WHOLE_WEIGHTS,
     shards,
@@ -68,21 +67,6 @@ def test_triplet_loss_depends_on_the_rows_of_a_micro_batch_alone(launches):
     assert_same_run(launches(2).result(f"methodpooled-{kind}")[0], one)
     whole = groups(launches(1).result(f"method-{kind}-t5-zeroNone")[0])["0", "B"]
     assert float((groups(one)["0", "B"] - whole).norm() / whole.norm()) > 1e-3
-
-
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", PARTITIONED)
-def test_partitioned_factors_equal_whole_ones(launches, kind, model):
-    """Small parameters are never partitioned at ZeRO 3 by default: here they are."""
-    got = launches(2).result(f"methodpartitioned-{kind}-{model}")
-    assert_same_run(got[0], launches(1).result(f"method-{kind}-{model}-zeroNone")[0])
-
-
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", WHOLE_WEIGHTS)
-def test_truly_partitioned_weights_equal_one_process(launches, kind, model):
-    got = launches(2).result(f"methodpartitioned-{kind}-{model}")
-    assert_same_run(got[0], launches(1).result(f"method-{kind}-{model}-zeroNone")[0])
 
 
 @pytest.mark.parametrize(

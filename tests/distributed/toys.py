@@ -39,18 +39,21 @@ NAMES = ("one", "two", "three")
 
 
 def base_model(kind: str) -> torch.nn.Module:
-    """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA."""
+    """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA.
+
+    `t5_short` has one layer a side, for what costs much and does not grow with layers.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(7)
-    if kind == "t5":
+    if kind.startswith("t5"):
         model = T5ForConditionalGeneration(
             T5Config(
                 vocab_size=VOCAB,
                 d_model=32,
                 d_kv=8,
                 d_ff=48,
-                num_layers=2,
+                num_layers=1 if kind == "t5_short" else 2,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
@@ -79,7 +82,8 @@ def base_model(kind: str) -> torch.nn.Module:
 
 
 def facts(kind: str) -> ModelFacts:
-    return ModelFacts(kind == "t5", PAD, EOS, PAD if kind == "t5" else None)
+    seq2seq = kind.startswith("t5")
+    return ModelFacts(seq2seq, PAD, EOS, PAD if seq2seq else None)
 
 
 def memorise(model: torch.nn.Module, rows: list[EncodedRow], kind: str) -> None:
@@ -186,6 +190,7 @@ def make_parts(
     `closed` tasks have so many labels; others have open answers.
     """
     chosen_class = method_class(method)
+    known = facts(model)
     method_config = chosen_class.Config(**(settings or {}))
     engine_settings = {"kind": "plain"} if zero is None else {"zero_stage": zero}
     config = make_config(
@@ -263,8 +268,8 @@ def make_parts(
         engine=engine,
         past=Past(adapted, engine, past, chosen.merge),
         method=chosen,
-        facts=facts(model),
-        collator=Collator(model == "t5", PAD, PAD if model == "t5" else None, EOS),
+        facts=known,
+        collator=Collator(known.seq2seq, PAD, known.decoder_start_id, EOS),
         evaluator=evaluator or no_scores,
         recorder=recorder,
         on_scores=lambda scores: {},

@@ -21,7 +21,7 @@ import toys
 from accrete.pipeline.config.library import recipes_folder
 from accrete.pipeline.config.load import load_recipe
 from accrete.pipeline.distributed.comm import Ranks, row_block
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.methods.o_lora import norms, overlap
 from accrete.pipeline.models.lora import AdaptedModel, initial_factors
 from accrete.pipeline.stage import aligned_logits
@@ -270,10 +270,16 @@ def test_it_keeps_one_copy_of_old_rows_and_saves_none(tmp_path, past):
 # -- settings -----------------------------------------------------------------------------------
 
 
-def test_a_list_must_fit_the_sequence(tmp_path):
-    parts = parts_of(tmp_path, settings={"lambda_1": [0.5, 0.5, 0.5]}, tasks=2)
-    with pytest.raises(MethodError, match=r"lambda_1: 3 numbers .* sequence of 2 tasks"):
-        StageRunner(parts).run()
+def test_a_list_must_fit_the_sequence():
+    overrides = ["method=o_lora", "method.lambda_1=[0.5, 0.5, 0.5]", "method.lambda_2=[0.1, 0]"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("standard_cl/order1", overrides)
+    text = str(caught.value)
+    assert "override method.lambda_1=[0.5, 0.5, 0.5]: method.lambda_1" in text
+    assert "3 values were given for a sequence of 4 tasks" in text
+    assert "2 values were given" in text
+    overrides[1:] = ["method.lambda_1=[0.5, 0.5, 0.5, 0.5]"]
+    assert len(load_recipe("standard_cl/order1", overrides).config.method.lambda_1) == 4
 
 
 def test_the_published_lists_of_the_recipe_load():
