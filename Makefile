@@ -39,7 +39,7 @@ quickstart: install
 	$(BIN)/accrete run quickstart --run-dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: install
 	$(BIN)/ruff check .

@@ -1,23 +1,30 @@
-"""Which tests share a worker of pytest-xdist, so that an expensive launch or model is made once.
+"""How `pytest -n 2` divides the tests: what shares an expensive fixture stays on one worker.
 
-`make test` runs `pytest -n 2 --dist loadgroup`: the launches of several processes on one worker,
-whole runs on another when it is free, every other file by itself.
+The folders of `TOGETHER` go to a worker each, every other file by itself, the largest first.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
 TOGETHER = ("distributed", "runs", "gpu")
-"""Folders whose tests share fixtures of a whole session."""
+"""Folders whose tests share launches and models of a whole session."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        where = item.path.relative_to(HERE)
-        group = where.parts[0] if where.parts[0] in TOGETHER else where.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    # Not `--dist loadgroup`: xdist 3.8 marks groups in a field that pytest 9.2 no longer reads.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            folder = path.split("/")[1]
+            return folder if folder in TOGETHER else path
+
+    return ByFixtures(config, log)
