@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from method_settings import FOUR, PLAIN_RELATIVE, QUIET, SETTINGS, TOLERANCE
-from plan import (
-    CUT,
-    FROZEN,
-    FROZEN_STAGES,
-    MODELS,
-    STAGES,
-    WHOLE_WEIGHTS,
-    shards,
-)
+from plan_base import CUT, MODELS, STAGES
+from plan_methods import FROZEN, FROZEN_STAGES, WHOLE_WEIGHTS, resumed_model, shards
 
 from accrete.pipeline.methods.registry import method_class
 
@@ -80,7 +73,7 @@ def test_four_processes_equal_one(launches, kind, model, zero):
 @pytest.mark.parametrize("kind", list(SETTINGS))
 def test_interrupted_equals_uninterrupted(launches, kind):
     got = launches(2).result(f"methodresumed-{kind}")[0]
-    whole = launches(2).result(f"method-{kind}-llama-zero2")[0]
+    whole = launches(2).result(f"method-{kind}-{resumed_model(kind)}-zero2")[0]
     assert got["losses"] == whole["losses"][-len(got["losses"]) :]
     assert len(got["losses"]) == len(whole["losses"]) - STEPS - CUT
     for name, value in whole.items():

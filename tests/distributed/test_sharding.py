@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plan import CUT, METHODS, MODELS, STAGES, STRENGTH, WORLDS
+from plan import WORLDS
+from plan_base import CUT, METHODS, MODELS, STAGES, STRENGTH
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 

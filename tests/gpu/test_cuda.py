@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from harness import Case, Launch
 from method_settings import SETTINGS
-from plan import BATCH, METHODS, MODELS
+from plan_base import BATCH, METHODS, MODELS
 
 pytestmark = [
     pytest.mark.gpu,
