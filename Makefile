@@ -1,11 +1,17 @@
 # make quickstart   install, then learn a small sequence and open its report
 # make test         install, then the test suite
+# make test-cluster a real Slurm, real ssh and pods on virtual machines; as root, takes minutes
 # make check        linters, types, import order, spelling, file length
+# make docs         the documentation as a site, in build/site; a dead link is an error
 # make smollm2      fetch a real pretrained model of 135 M parameters into the cache
 # make results      every method on real rows and a real model; resumable, takes hours
 # make bench-methods
 #                   what every method costs beside `sequential`; hours on a CPU, and a second call
 #                   goes on where the first was cut off (BENCH='--help' lists options)
+# make bench-forecast
+#                   what `accrete plan` says beside what happens (FORECAST='--help')
+# make bench-shapes every method on T5-large and LLaMA-3.2-1B, random weights, a few steps
+#                   (SHAPES='--help')
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv; TORCH=torch==2.13.0+cu130 the build of
 # PyTorch, wherever pip is set up to find it.
@@ -17,7 +23,7 @@ INSTALLED := .venv/.installed
 SOURCES := pipeline eval launch tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format smollm2 bench-methods results constraints
+.PHONY: help install quickstart test test-cluster check format docs smollm2 bench-methods bench-forecast bench-shapes results constraints
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -41,6 +47,9 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster tests/cluster -p no:randomly
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,6 +63,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 smollm2: install
 	$(BIN)/python -m accrete.pipeline.models.fetch_smollm2
 
@@ -63,6 +75,12 @@ results: install
 
 bench-methods: install
 	$(BIN)/python tests/bench/methods.py $(BENCH)
+
+bench-forecast: install
+	$(BIN)/python tests/bench/forecast.py $(FORECAST)
+
+bench-shapes: install
+	$(BIN)/python tests/bench/shapes.py $(SHAPES)
 
 # Newest versions of everything, as pip resolves them in an empty environment.
 constraints:

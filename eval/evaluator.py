@@ -15,11 +15,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from accrete.eval.measures import MEASURES
 from accrete.eval.open_tasks import EvalRows, Job, OpenTask, OpenTasks, take_rows
-from accrete.eval.text import exact_match, rouge_l
+from accrete.eval.text import exact_match
 from accrete.pipeline.data.batches import score_batches
+from accrete.pipeline.data.config import WHOLE_ANSWER
 from accrete.pipeline.data.encode import EncodedRow, Encoder
 from accrete.pipeline.data.prompts import Prompt
 from accrete.pipeline.errors import ConfigError
@@ -92,16 +95,19 @@ class SequenceEvaluator:
         for job, hit in zip(jobs, hits, strict=True):
             if hit:
                 hit_by.setdefault((job.task, job.row), job.reference)
-        decode = self._decode_jobs(tasks, hit_by)
-        texts = self._run(view, tasks, decode, self._generate, seconds)
-        decoded = {(job.task, job.row): text for job, text in zip(decode, texts, strict=True)}
+        decoded: dict[tuple[int, int], _Decoded] = {}
+        for budget, decode in self._decode_jobs(tasks, hit_by).items():
+            texts = self._run(view, tasks, decode, partial(self._generate, budget), seconds)
+            decoded.update(
+                ((job.task, job.row), text) for job, text in zip(decode, texts, strict=True)
+            )
         return [
             self._task_score(number, task, hit_by, decoded, seconds[number])
             for number, task in enumerate(tasks)
         ]
 
     def _by_forward(self, handle: TaskHandle) -> bool:
-        return self._config.mode != "generate" and handle.metric == "exact_match"
+        return self._config.mode != "generate" and handle.metric in WHOLE_ANSWER
 
     def _forward_jobs(self, tasks: Sequence[OpenTask], seq2seq: bool) -> list[Job]:
         """A job for each reference of each row that a forward pass can decide."""
@@ -135,16 +141,22 @@ class SequenceEvaluator:
 
     def _decode_jobs(
         self, tasks: Sequence[OpenTask], hit_by: dict[tuple[int, int], int]
-    ) -> list[Job]:
-        """Rows whose text is needed: all of a decoded task's, and misses if they are wanted."""
-        jobs = []
+    ) -> dict[int, list[Job]]:
+        """Rows whose text is needed: all of a decoded task's, and misses if they are wanted.
+
+        Returns:
+            Token budget -> the rows that are decoded under it.
+        """
+        jobs: dict[int, list[Job]] = {}
         for number, task in enumerate(tasks):
             decided = self._by_forward(task.handle)
             if decided and not self._config.decode_misses:
                 continue
+            enough = MEASURES[task.handle.metric].new_tokens or self._max_new_tokens
+            budget = min(enough, self._max_new_tokens)
             for i, length in enumerate(task.rows.lengths):
                 if not (decided and (number, i) in hit_by):
-                    jobs.append(Job(number, i, int(length) + self._max_new_tokens))
+                    jobs.setdefault(budget, []).append(Job(number, i, int(length) + budget))
         return jobs
 
     def _run(
@@ -192,9 +204,9 @@ class SequenceEvaluator:
         right = (logits.argmax(dim=-1) == labels) | (labels < 0)
         return [bool(hit) for hit in right.all(dim=-1).tolist()[: len(rows)]]
 
-    def _generate(self, view: ModelView, rows: list[EncodedRow]) -> list[_Decoded]:
+    def _generate(self, budget: int, view: ModelView, rows: list[EncodedRow]) -> list[_Decoded]:
         batch = self._collator.prompts(rows, num_rows=max(1, len(rows)))
-        tokens = view.generate(batch, self._max_new_tokens)[: len(rows)]
+        tokens = view.generate(batch, budget)[: len(rows)]
         return [
             _Decoded(self._text(new), new == row.answer[:-1])
             for row, new in zip(rows, tokens, strict=True)
@@ -220,11 +232,26 @@ class SequenceEvaluator:
             if key in hit_by:
                 scores.append(_row_score(task, i, True, 1.0, references[hit_by[key]]))
             elif key in decoded:
-                scores.append(_score_text(task, i, decoded[key]))
+                scores.append(self._score_text(task, i, decoded[key]))
             else:
                 scores.append(_row_score(task, i, False, 0.0, None))
         mean = sum(score.score for score in scores) / len(scores)
         return TaskScore(task=task.handle.name, score=100 * mean, rows=scores, seconds=seconds)
+
+    def _score_text(self, task: OpenTask, row: int, decoded: _Decoded) -> RowScore:
+        """Score decoded text by the task's metric.
+
+        The row's own answer token for token is right even where the tokenizer cannot spell it back,
+        so that decoding never finds fewer exact matches than the forward pass.
+        """
+        measure, references = MEASURES[task.handle.metric], task.references[row]
+        source = self._text(task.rows.take([row])[0].prompt) if measure.reads_source else ""
+        score = float(measure.score(decoded.text, references, source))
+        if not measure.all_or_nothing:
+            correct = exact_match(decoded.text, references)
+            return _row_score(task, row, correct, score, decoded.text)
+        correct = score == 1.0 or decoded.is_answer
+        return _row_score(task, row, correct, float(correct), decoded.text)
 
 
 def require_scorable(config: EvalConfig, handles: Sequence[TaskHandle]) -> None:
@@ -233,27 +260,13 @@ def require_scorable(config: EvalConfig, handles: Sequence[TaskHandle]) -> None:
     Raises:
         ConfigError: `eval.mode` is `forward` and a task's metric needs decoded text.
     """
-    open_tasks = [handle.name for handle in handles if handle.metric != "exact_match"]
+    open_tasks = [f"{h.name} ({h.metric})" for h in handles if h.metric not in WHOLE_ANSWER]
     if config.mode == "forward" and open_tasks:
         raise ConfigError(
-            f"eval.mode: forward decides exact match only, but {', '.join(open_tasks)} is scored "
-            "by rouge_l, which needs decoded text. Use eval.mode=auto: it takes one forward pass "
-            "for exact_match tasks and decodes the others."
+            "eval.mode: forward decides exact match only, but other metrics need decoded text: "
+            f"{', '.join(open_tasks)}. Use eval.mode=auto: it takes one forward pass for exact "
+            "matches and decodes the others."
         )
-
-
-def _score_text(task: OpenTask, row: int, decoded: _Decoded) -> RowScore:
-    """Score decoded text by the task's metric.
-
-    The row's own answer token for token is right even where the tokenizer cannot spell it back, so
-    that decoding never finds fewer exact matches than the forward pass.
-    """
-    references = task.references[row]
-    correct = exact_match(decoded.text, references)
-    if task.handle.metric == "rouge_l":
-        return _row_score(task, row, correct, rouge_l(decoded.text, references), decoded.text)
-    correct = correct or decoded.is_answer
-    return _row_score(task, row, correct, float(correct), decoded.text)
 
 
 def _row_score(

@@ -9,19 +9,18 @@ The command line does its work through these functions as well.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accrete.launch.cluster.attempts import take_over
 from accrete.launch.environment import choose_device, choose_procs
 from accrete.launch.folder import (
     is_usable,
     note_resume,
     replace_prepared,
-    require_same_rows,
     write_start,
 )
 from accrete.launch.local import launch_local
@@ -166,8 +165,7 @@ def branch(
             shared tasks have changed, or the new folder is taken.
         LaunchError: A worker failed.
     """
-    from accrete.launch.branch import adopt_adapter, branch_recipe, copy_stages
-    from accrete.pipeline.methods.registry import method_class
+    from accrete.launch.branch import branch_recipe, start_branch
 
     if procs is not None:
         overrides = (*overrides, f"engine.procs={procs}")
@@ -175,20 +173,13 @@ def branch(
     recipe = branch_recipe(parent, stage, overrides)
     child.check_free()
     prepared = prepare(recipe.config, say or _say)
-    require_same_rows(parent, prepared, stage + 1)
-    method = recipe.config.method.kind
-    same_method = method == load_recipe(parent.recipe).config.method.kind
-    child.create()
+    start_branch(parent, stage, child, recipe, prepared)
     try:
         with child.lock() as lock:
-            copy_stages(parent, child, stage, same_method)
-            adopt_adapter(child, stage, method_class(method).fresh_adapter)
-            write_start(child, recipe, prepared)
             _launch(child, (), prepared.procs, prepared.device, lock)
     except BaseException as error:
-        begun = child.stage(stage + 1).path.exists()
-        if not begun and (_is_bad_input(error) or not child.is_run()):
-            shutil.rmtree(child.path)
+        if _is_bad_input(error) and not child.stage(stage + 1).path.exists():
+            child.discard()
         raise
     return _conclude(child)
 
@@ -246,6 +237,7 @@ def _launch(folder: RunDir, overrides: Sequence[str], procs: int, device: str, l
         procs=procs,
         device=device,
         lock=lock,
+        variables=take_over(folder),
     )
 
 

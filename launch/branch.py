@@ -6,10 +6,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accrete.pipeline.config.load import LoadedRecipe, load_recipe
 from accrete.pipeline.errors import ConfigError, RunFolderError
 from accrete.pipeline.run_dir import RunDir, read_json, write_json
+
+if TYPE_CHECKING:
+    from accrete.launch.prepare import Prepared
 
 FIXED = ("model", "adapter", "data", "seed")
 """What the shared stages were made with; a branch cannot change it."""
@@ -23,9 +27,22 @@ def branch_recipe(parent: RunDir, stage: int, overrides: Sequence[str]) -> Loade
         RunFolderError: The parent has no such finished stage.
     """
     parent.require_run()
+    new = load_recipe(parent.recipe, overrides)
+    require_branchable(parent, stage, new)
+    return new
+
+
+def require_branchable(parent: RunDir, stage: int, new: LoadedRecipe) -> None:
+    """Make sure that a recipe can go on from a stage of another run.
+
+    Raises:
+        ConfigError: It changes what the shared stages depend on.
+        RunFolderError: The parent has no such finished stage.
+    """
+    parent.require_run()
     if not (parent.checkpoints / f"stage-{stage}" / "checkpoint.json").is_file():
         raise RunFolderError(f"{parent.path}: stage {stage} is not finished (stages count from 0).")
-    old, new = load_recipe(parent.recipe), load_recipe(parent.recipe, overrides)
+    old = load_recipe(parent.recipe)
     before, after = old.resolved(), new.resolved()
     changed = [key for key in FIXED if before[key] != after[key]]
     if before["tasks"][: stage + 1] != after["tasks"][: stage + 1]:
@@ -37,7 +54,6 @@ def branch_recipe(parent: RunDir, stage: int, overrides: Sequence[str]) -> Loade
             "checkpoint.* and later tasks. For the rest start a new run."
         )
     _require_same_kind(old.config.method.kind, new.config.method.kind)
-    return new
 
 
 def _require_same_kind(before: str, after: str) -> None:
@@ -52,6 +68,40 @@ def _require_same_kind(before: str, after: str) -> None:
             f"{after}, which trains {what[trained[after]]}. Take a method of the same sort, or "
             "start a new run (`accrete export` gives it the model to start from)."
         )
+
+
+def start_branch(
+    parent: RunDir, stage: int, child: RunDir, recipe: LoadedRecipe, prepared: Prepared
+) -> None:
+    """Make the folder of a branch: the shared stages, and the start of a run of its own.
+
+    Args:
+        parent: The run to branch from.
+        stage: Last stage that is shared.
+        child: The new run; its folder is free.
+        recipe: The branch's recipe.
+        prepared: Its model and rows.
+
+    Raises:
+        InputError: The stage is not finished, the recipe changes what is shared, or the rows of the
+            shared tasks have changed; no folder is left behind.
+    """
+    from accrete.launch.folder import require_same_rows, write_start
+    from accrete.pipeline.methods.registry import method_class
+
+    require_branchable(parent, stage, recipe)
+    require_same_rows(parent, prepared, stage + 1)
+    method = recipe.config.method.kind
+    child.create()
+    try:
+        same_method = method == load_recipe(parent.recipe).config.method.kind
+        copy_stages(parent, child, stage, same_method)
+        fit_forward_scores(child, stage, read_json(parent.prepared), prepared.to_json())
+        adopt_adapter(child, stage, method_class(method).fresh_adapter)
+        write_start(child, recipe, prepared)
+    except BaseException:
+        child.discard()
+        raise
 
 
 def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) -> None:
@@ -81,6 +131,45 @@ def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) ->
             "parent_method": read_json(parent.run).get("method"),
         },
     )
+
+
+def fit_forward_scores(
+    child: RunDir, stage: int, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Keep of the parent's forward transfer what holds for the branch's own later tasks.
+
+    Scores of the untrained model go with their task. The last shared stage also scored the task
+    that came next; if another one comes next now, that stage is scored again.
+
+    Args:
+        child: The branch, with the parent's stages copied.
+        stage: Last stage that is shared.
+        before: The parent's prepared.json.
+        now: The branch's.
+    """
+    old, new = ([_task_key(task) for task in side["tasks"]] for side in (before, now))
+    untrained = child.path / "untrained.json"
+    if untrained.is_file():
+        scores = read_json(untrained)["scores"]
+        known = dict(zip(old, scores, strict=False))
+        write_json(untrained, {"scores": [known.get(key) for key in new] if scores else []})
+    if old[stage + 1 : stage + 2] == new[stage + 1 : stage + 2]:
+        return
+    child.stage(stage).score.unlink(missing_ok=True)
+    scoring = ("scored", "stage_finished")
+    events = child.events.read_text(encoding="utf-8").splitlines(keepends=True)
+    child.events.write_text(
+        "".join(
+            line
+            for line in events
+            if (event := json.loads(line)).get("stage") != stage or event["event"] not in scoring
+        ),
+        encoding="utf-8",
+    )
+
+
+def _task_key(task: dict[str, Any]) -> tuple[str, str]:
+    return task["name"], task["fingerprint"]
 
 
 def adopt_adapter(child: RunDir, stage: int, fresh_adapter: bool) -> None:

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from accrete.launch.commands import methods, recipes
+from accrete.launch.commands import launch, methods, recipes
 from accrete.launch.commands.branch import branch
 from accrete.launch.commands.compare import compare
+from accrete.launch.commands.doctor import doctor
 from accrete.launch.commands.export import export
+from accrete.launch.commands.fetch import fetch
 from accrete.launch.commands.plan import plan
 from accrete.launch.commands.report import report
 from accrete.launch.commands.resume import resume
@@ -48,8 +50,9 @@ def accrete(
     """
 
 
-for command in (run, resume, branch, plan, score, compare, report, export, schema):
+for command in (run, resume, branch, plan, score, compare, report, export, schema, doctor, fetch):
     app.command()(command)
+app.add_typer(launch.app, name="launch")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(methods.app, name="methods")
 

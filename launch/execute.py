@@ -6,25 +6,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accrete.launch.cluster.attempts import mark_finished
 from accrete.pipeline.config.load import load_recipe
 from accrete.pipeline.distributed import comm
+from accrete.pipeline.fence import Fence
 from accrete.pipeline.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
     from accrete.pipeline.distributed.comm import Ranks
     from accrete.pipeline.distributed.engine import Engine
+    from accrete.pipeline.interruption import StopSignal
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.parts import Parts, Scores
     from accrete.pipeline.records import Recorder
 
 
-def execute(run_dir: Path, overrides: tuple[str, ...] = ()) -> None:
+def execute(
+    run_dir: Path,
+    overrides: tuple[str, ...] = (),
+    stop: StopSignal | None = None,
+    token: str | None = None,
+) -> None:
     """Run (or go on with) the run in `run_dir` on this rank.
 
     Args:
         run_dir: A prepared run folder (`recipe.yaml`, `run.json`, `prepared.json`).
         overrides: `a.b=v` changes for a resumed run.
+        stop: Whether this process was asked to stop.
+        token: The fencing token, on rank 0 where a launcher gave one.
+
+    Raises:
+        InterruptionError: The run was asked to stop; everything up to the last step is saved.
 
     Collective: yes; every rank of the launch calls it once.
     """
@@ -34,13 +47,18 @@ def execute(run_dir: Path, overrides: tuple[str, ...] = ()) -> None:
     ranks = comm.start(config.engine.device, config.engine.timeout_s)
     begun = run.events.exists()
     try:
-        parts = build(run, config, ranks)
+        fence = Fence(run.owner, token)
+        fence.check()
+        parts = build(run, config, ranks, fence=fence)
+        parts.stop = stop or parts.stop
         from accrete.pipeline.stage_runner import StageRunner
 
         with parts.recorder:
             if not begun:
                 announce(parts)
             StageRunner(parts).run()
+        if ranks.rank == 0 and run.launch.is_dir():
+            mark_finished(run)
     finally:
         comm.stop()
 
@@ -50,6 +68,7 @@ def build(
     config: RunConfig,
     ranks: Ranks,
     record: bool = True,
+    fence: Fence | None = None,
 ) -> Parts:
     """All the pieces of a run on this rank; without `record` nothing is written to its events.
 
@@ -58,6 +77,7 @@ def build(
     from transformers import AutoTokenizer
 
     from accrete.eval.evaluator import SequenceEvaluator
+    from accrete.launch.prepare import tokenizer_options
     from accrete.pipeline.data.collate import Collator
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
@@ -72,8 +92,10 @@ def build(
     prepared = read_json(run.prepared)
     model_path = str(prepared["model_path"])
     tasks = [TaskHandle.from_json(task) for task in prepared["tasks"]]
-    tokenizer = AutoTokenizer.from_pretrained(prepared.get("tokenizer_path") or model_path)
-    facts = read_facts(model_path, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(
+        prepared.get("tokenizer_path") or model_path, **(tokenizer_options(config) or {})
+    )
+    facts = read_facts(model_path, tokenizer, config.model.revision)
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
     model = trained_precision(config.model, type(method))
@@ -87,7 +109,8 @@ def build(
     engine = build_engine(config, ranks, adapted, method)
     mode = choose_mode(config.adapter.past, base_dtype(model, ranks.device))
     evaluator = SequenceEvaluator(config.eval, collator, tokenizer, config.data.max_target_tokens)
-    recorder = open_recorder(run, config, ranks.rank == 0) if record else Recorder(None)
+    chief = ranks.rank == 0
+    recorder = open_recorder(run, config, chief, fence) if record else Recorder(None)
     return Parts(
         config=config,
         run=run,
@@ -109,6 +132,7 @@ def build(
         evaluator=evaluator,
         recorder=recorder,
         on_scores=lambda scores: write_results(run, scores),
+        fence=fence,
     )
 
 
@@ -150,31 +174,38 @@ def build_engine(config: RunConfig, ranks: Ranks, adapted: AdaptedModel, method:
     return engine
 
 
-def open_recorder(run: RunDir, config: RunConfig, chief: bool) -> Recorder:
+def open_recorder(
+    run: RunDir, config: RunConfig, chief: bool, fence: Fence | None = None
+) -> Recorder:
     """The run's event file with its views; on other ranks than 0 a recorder that does nothing."""
     from accrete.pipeline.records import Recorder
     from accrete.pipeline.sinks import make_sinks
 
     if not chief:
         return Recorder(None)
-    return Recorder(run.events, make_sinks(config.log, run))
+    return Recorder(run.events, make_sinks(config.log, run), fence)
 
 
 def announce(parts: Parts) -> None:
     """The first event of a run: what is going to happen."""
+    from accrete.launch.forecast.methods import epoch_rows
     from accrete.pipeline.records import Event
     from accrete.pipeline.stage_runner import planned_steps
 
     config = parts.config
+    batch = config.train.global_batch_size
+    counts = [task.num_train for task in parts.tasks]
     plan = []
     for index, task in enumerate(parts.tasks):
-        steps = parts.open_rows(task, index).steps_per_epoch
+        rows = epoch_rows(config.method.kind, config.method, counts, index, batch)
+        train = task.stats.train
         plan.append(
             {
                 "task": task.name,
-                "steps": planned_steps(config, index, steps),
+                "steps": planned_steps(config, index, -(-rows // batch)),
                 "rows_train": task.num_train,
                 "rows_eval": task.num_eval,
+                "tokens": round(train.mean_prompt_tokens + train.mean_answer_tokens, 2),
             }
         )
     parts.recorder.emit(

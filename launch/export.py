@@ -74,7 +74,9 @@ def _write_merged(runner: StageRunner, folder: Path, dtype: str) -> None:
         model = model.to(torch.bfloat16)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(runner.parts.model_path).save_pretrained(folder)
+    revision = runner.parts.config.model.revision
+    tokenizer = AutoTokenizer.from_pretrained(runner.parts.model_path, revision=revision)
+    tokenizer.save_pretrained(folder)
     _require_same(folder, model)
 
 

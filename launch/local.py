@@ -81,6 +81,7 @@ def launch_local(
     lock: int | None = None,
     command: Sequence[str] = WORKER,
     patience: Patience | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Run `command arguments` as `procs` processes and wait until all have succeeded.
 
@@ -95,6 +96,7 @@ def launch_local(
         lock: Descriptor of the folder's lock, which the workers inherit and so keep.
         command: What to start.
         patience: Waiting times.
+        variables: Further environment variables of the workers.
 
     Raises:
         LaunchError: A worker failed; the message is that of the first one, `exit_code` its status.
@@ -103,7 +105,7 @@ def launch_local(
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     for old in run_dir.logs.glob("error-*.json"):
         old.unlink()
-    environment = worker_environment(procs, device, os.environ)
+    environment = worker_environment(procs, device, {**os.environ, **(variables or {})})
     workers = _Workers(run_dir, patience or Patience())
     try:
         with workers.forward_signals():

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,16 +41,20 @@ class PlannedStage:
 
 def plan_stages(config: RunConfig, prepared: Prepared) -> list[PlannedStage]:
     """The stages of a run, in order."""
+    from accrete.launch.forecast.methods import epoch_rows
     from accrete.pipeline.stage_runner import planned_steps
 
     batch = config.train.global_batch_size
+    counts = [task.num_train for task in prepared.tasks]
     stages = []
     for index, task in enumerate(prepared.tasks):
-        per_epoch = -(-task.num_train // batch)
+        # Some methods train rows of earlier tasks as well.
+        epoch = epoch_rows(config.method.kind, config.method, counts, index, batch)
+        per_epoch = -(-epoch // batch)
         steps = planned_steps(config, index, per_epoch)
         # The last batch of an epoch may be short.
         full, rest = divmod(steps, per_epoch)
-        rows = full * task.num_train + min(rest * batch, task.num_train)
+        rows = full * epoch + min(rest * batch, epoch)
         train = task.stats.train
         ahead = 1 if config.eval.forward_transfer else 0
         stages.append(
@@ -59,7 +63,7 @@ def plan_stages(config: RunConfig, prepared: Prepared) -> list[PlannedStage]:
                 rows_train=task.num_train,
                 rows_eval=task.num_eval,
                 steps=steps,
-                epochs=rows / task.num_train,
+                epochs=rows / epoch,
                 train_tokens=round(rows * (train.mean_prompt_tokens + train.mean_answer_tokens)),
                 scored_rows=sum(seen.num_eval for seen in prepared.tasks[: index + 1 + ahead]),
                 truncated_pct=train.truncated_pct,
@@ -80,8 +84,17 @@ def plan_json(
     resolved: Mapping[str, Any],
     origins: Mapping[str, str],
     prepared: Prepared,
+    forecast: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The plan as `accrete plan --json` prints it."""
+    """The plan as `accrete plan --json` prints it.
+
+    Args:
+        config: The recipe.
+        resolved: All its values, as plain data.
+        origins: Where each of them comes from.
+        prepared: Its tasks.
+        forecast: Time, memory and the rest, as `RunForecast.to_json` gives them.
+    """
     stages = plan_stages(config, prepared)
     return {
         "name": config.name,
@@ -92,13 +105,19 @@ def plan_json(
         "steps": sum(stage.steps for stage in stages),
         "train_tokens": sum(stage.train_tokens for stage in stages),
         "scored_rows": untrained_rows(config, stages) + sum(s.scored_rows for s in stages),
+        **({} if forecast is None else {"forecast": dict(forecast)}),
         "config": dict(resolved),
         "origins": dict(origins),
     }
 
 
-def plan_view(plan: Mapping[str, Any]) -> Group:
-    """The plan as `accrete plan` prints it: values with their origin, then the stages."""
+def plan_view(plan: Mapping[str, Any], fits: float | None = None) -> Group:
+    """The plan as `accrete plan` prints it: values with their origin, the stages, the forecast.
+
+    Args:
+        plan: As `plan_json` gives it.
+        fits: GiB of memory that a rank has, if that is known.
+    """
     values = Table(title="values and where they come from", title_justify="left", box=box.SIMPLE)
     for heading in ("key", "value", "origin"):
         values.add_column(heading, overflow="fold")
@@ -132,7 +151,12 @@ def plan_view(plan: Mapping[str, Any]) -> Group:
         f"{plan['steps']} steps, about {format_count(plan['train_tokens'])} training tokens, "
         f"{plan['scored_rows']} rows to score, {plan['procs']} processes on {plan['device']}"
     )
-    return Group(values, stages, *warnings, total)
+    parts: list[RenderableType] = [values, stages, *warnings, total]
+    if "forecast" in plan:
+        from accrete.launch.forecast.view import forecast_view
+
+        parts.append(forecast_view(plan["forecast"], fits))
+    return Group(*parts)
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -24,9 +24,9 @@ class Prepared:
     """A recipe that is ready to run on this machine."""
 
     device: str
-    """`cpu` or `cuda`."""
+    """`cpu` or `cuda`; `auto` if only the nodes of a cluster can tell."""
     procs: int
-    """Processes to start."""
+    """Processes to start on each machine."""
     model_path: str
     """Folder (or hub id) of the base model."""
     tokenizer_path: str
@@ -46,12 +46,13 @@ class Prepared:
         }
 
 
-def prepare(config: RunConfig, say: Say) -> Prepared:
+def prepare(config: RunConfig, say: Say, *, elsewhere: bool = False) -> Prepared:
     """Choose the processes, make or find the model, check and tokenise every row of every task.
 
     Args:
         config: The recipe.
         say: Called with a line of text now and then.
+        elsewhere: The processes will run on other machines: this one's GPUs say nothing.
 
     Raises:
         InputError: Anything about the recipe, the model or the rows that would stop the run.
@@ -59,8 +60,12 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
     require_data_root(config)
     if config.log.tensorboard:
         check_tensorboard()
-    device = choose_device(config.engine)
-    procs = choose_procs(config.engine, device)
+    device: str
+    if elsewhere:
+        device, procs = config.engine.device, config.engine.procs or 1
+    else:
+        device = choose_device(config.engine)
+        procs = choose_procs(config.engine, device)
 
     from accrete.eval.evaluator import require_scorable
     from accrete.pipeline.data.prepare import prepare_sequence
@@ -85,7 +90,7 @@ def prepare(config: RunConfig, say: Say) -> Prepared:
         cache / "tasks",
         config.seed,
         say,
-        _tokenizer_options(config),
+        tokenizer_options(config),
     )
     require_scorable(config.eval, tasks)
     return Prepared(
@@ -116,7 +121,7 @@ def is_seq2seq(model_path: str, revision: str | None) -> bool:
     return bool(settings.is_encoder_decoder)
 
 
-def _tokenizer_options(config: RunConfig) -> dict[str, str] | None:
+def tokenizer_options(config: RunConfig) -> dict[str, str] | None:
     """The hub revision, where the tokenizer comes from the model's own hub repository."""
     model = config.model
     own = model.tokenizer is None and model.revision is not None

@@ -14,8 +14,12 @@ import sys
 import warnings
 from pathlib import Path
 
+from accrete.launch.cluster.attempts import TOKEN_VARIABLE, mark_interrupted
+from accrete.launch.cluster.join import join_launch
 from accrete.launch.failures import report_failure
 from accrete.launch.local import PARENT_VARIABLE
+from accrete.pipeline.fence import FencedError
+from accrete.pipeline.interruption import InterruptionError, StopSignal
 from accrete.pipeline.run_dir import RunDir
 
 _PR_SET_PDEATHSIG = 1
@@ -37,6 +41,8 @@ def die_with_parent() -> None:
 def main() -> None:
     """Run one rank and end the process with its status."""
     die_with_parent()
+    stop = StopSignal()
+    stop.listen()
     faulthandler.enable()
     # Between libraries; nobody who runs a recipe can do anything about them.
     for category in (FutureWarning, DeprecationWarning):
@@ -45,14 +51,26 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="changes of a resumed run")
     arguments = parser.parse_args()
+    folder, rank = RunDir(arguments.run_dir), int(os.environ.get("RANK", "0"))
+    token = None
     try:
+        token = join_launch(folder, rank) or os.environ.get(TOKEN_VARIABLE)
         from accrete.launch.execute import execute
 
-        execute(arguments.run_dir, tuple(arguments.overrides))
+        execute(arguments.run_dir, tuple(arguments.overrides), stop, token if rank == 0 else None)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
+    except FencedError as error:
+        # The folder belongs to somebody else: this line of a log is all that is left there.
+        with folder.rank_log(rank).open("a", encoding="utf-8") as log:
+            log.write(f"error: {error}\n")
+        _leave(error.exit_code)
     except BaseException as error:
-        _leave(report_failure(RunDir(arguments.run_dir), int(os.environ.get("RANK", "0")), error))
+        # A library may have made something else of the exception that the signal raised.
+        cause = InterruptionError(stop.reason) if stop.leaving else error
+        if isinstance(cause, InterruptionError) and token is not None:
+            mark_interrupted(folder, token, str(cause))
+        _leave(report_failure(folder, rank, cause))
 
 
 def _leave(status: int) -> None:

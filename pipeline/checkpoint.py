@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.fence import Fence
 from accrete.pipeline.run_dir import sync_folder, write_json
 
 FORMAT = 1
@@ -75,6 +77,7 @@ def save(
     optimizer_step: int,
     past: list[Path],
     live: bool,
+    fence: Fence | None = None,
 ) -> Path:
     """Write one checkpoint, reopen it and compare its checksums.
 
@@ -85,20 +88,26 @@ def save(
         optimizer_step: AdamW's step count.
         past: Adapter files of the run folder that make up the past, in order.
         live: Whether the live factors go on into the next stage.
+        fence: Asked before the checkpoint takes its place.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
         CheckpointError: What was read back is not what was written.
+        FencedError: Another attempt owns the run; the checkpoint was not put in place.
 
     Collective: no (rank 0 alone).
     """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
+    if fence is not None:
+        fence.check()
     target = root / position.folder
-    aside = root / f".{position.folder}.part"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in root.glob(f".{position.folder}.*part"):
+        shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: a second writer that is about to be fenced off must not meet it.
+    aside = root / f".{position.folder}.{secrets.token_hex(4)}.part"
     aside.mkdir()
     files: dict[str, str] = {}
     for stem, content in tensors.items():
@@ -116,6 +125,8 @@ def save(
         live=live,
     )
     write_json(aside / MANIFEST, asdict(manifest))
+    if fence is not None:
+        fence.check()
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
     sync_folder(root)

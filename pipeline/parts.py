@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from accrete.pipeline.interruption import StopSignal
+
 if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
     from accrete.pipeline.data.collate import Collator
     from accrete.pipeline.data.handle import TaskHandle
     from accrete.pipeline.data.store import TrainRows
     from accrete.pipeline.distributed.engine import Engine
+    from accrete.pipeline.fence import Fence
     from accrete.pipeline.methods.base import Method
     from accrete.pipeline.models.load import ModelFacts
     from accrete.pipeline.models.lora import AdaptedModel
@@ -55,3 +58,7 @@ class Parts:
     recorder: Recorder
     on_scores: Callable[[Scores], dict[str, Any]]
     """Called on rank 0 after every stage to write matrix and report; returns the matrix."""
+    stop: StopSignal = field(default_factory=StopSignal)
+    """Whether a signal has asked the run to stop."""
+    fence: Fence | None = None
+    """The guard against a second writer, where a launcher set one up."""

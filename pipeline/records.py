@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from accrete.pipeline.errors import RunFolderError
+
+if TYPE_CHECKING:
+    from accrete.pipeline.fence import Fence
 
 REPLAY_TOLERANCE = 1e-6
 """Relative difference up to which a recomputed loss counts as the recorded one."""
@@ -24,7 +27,7 @@ class Event(StrEnum):
 
     RUN_STARTED = "run_started"
     """name, seed, world, device, method, model, forward_transfer,
-    plan: [{task, steps, rows_train, rows_eval}]."""
+    plan: [{task, steps, rows_train, rows_eval, tokens (mean of a training row)}]."""
     STAGE_STARTED = "stage_started"
     """stage, task, steps (planned), rows."""
     STEP = "step"
@@ -134,13 +137,17 @@ class Recorder:
     training step that it already holds is not written a second time.
     """
 
-    def __init__(self, path: Path | None, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self, path: Path | None, sinks: Sequence[Sink] = (), fence: Fence | None = None
+    ) -> None:
         """Open `path` for appending.
 
         Args:
             path: events.jsonl on rank 0; None elsewhere: nothing is written.
             sinks: Views to feed. One that fails is dropped with a warning; the run goes on.
+            fence: Asked before events are written.
         """
+        self._fence = fence
         self._sinks = list(sinks)
         self._replay = _Replay()
         self._file: IO[bytes] | None = None
@@ -189,6 +196,8 @@ class Recorder:
     def _write(self, record: dict[str, Any], *, durable: bool) -> None:
         if self._file is None:
             return
+        if self._fence is not None:
+            self._fence.check(always=durable)
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         self._file.write(line.encode("utf-8") + b"\n")
         self._file.flush()

@@ -95,6 +95,10 @@ class RunDir:
         self.stages = self.path / "stages"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.launch = self.path / "launch"
+        """What `accrete launch` rendered, and the markers that its attempts leave."""
+        self.owner = self.launch / "owner"
+        """Token of the attempt that may write, see `fence`."""
         self.tensorboard = self.path / "tensorboard"
         self.lock_file = self.path / ".lock"
         self._made_folder = False
@@ -143,7 +147,7 @@ class RunDir:
             raise RunFolderError(
                 f"{self.path}: a file of this name exists; give another --run-dir."
             )
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(entry != self.launch for entry in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path}: the folder is not empty and is not a run; give another --run-dir."
             )
@@ -171,12 +175,19 @@ class RunDir:
         started = (Event.STAGE_STARTED, Event.STEP)
         if self.events.exists() and any(e["event"] in started for e in read_events(self.events)):
             return False
+        self.discard()
+        return True
+
+    def discard(self) -> None:
+        """Remove what `create` made; what a launcher rendered before stays."""
         if self._made_folder:
             shutil.rmtree(self.path)
-        else:
-            for entry in self.path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return True
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and entry != self.launch:
+                shutil.rmtree(entry)
+            elif not entry.is_dir():
+                entry.unlink()
 
     @contextmanager
     def lock(self) -> Iterator[int]:

@@ -20,7 +20,7 @@ class RowScore:
     task: str
     id: str
     correct: bool
-    """Exact match (for `rouge_l` tasks: the normalised texts are equal)."""
+    """All of the metric's score; where that comes in parts: the normalised texts are equal."""
     score: float
     """The row's share of the task's metric, 0 to 1."""
     prediction: str | None

@@ -15,6 +15,7 @@ from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed import comm
 from accrete.pipeline.distributed.engine import MOMENTS
 from accrete.pipeline.errors import CheckpointError, MethodError
+from accrete.pipeline.interruption import InterruptionError
 from accrete.pipeline.models.lines import scale_by_depth
 from accrete.pipeline.models.lora import (
     ADAPTER_FILE,
@@ -74,7 +75,9 @@ class StageRunner:
         for index in range(first, len(self.parts.tasks)):
             here = position if position is not None and position.stage == index else None
             if here is None or here.step is not None:
-                self._learn(index, here)
+                with self.parts.stop.deferred():
+                    self._learn(index, here)
+                    self._leave_if_asked()
             self.book.score_stage(index)
             position = None
         seconds = time.perf_counter() - began
@@ -127,7 +130,12 @@ class StageRunner:
             self._load_live(stage, position)
             start = position.step
         train_task(
-            stage, method, recorder, start=start, after_step=lambda step: self._saved(stage, step)
+            stage,
+            method,
+            recorder,
+            start=start,
+            after_step=lambda step, stopping: self._saved(stage, step, stopping),
+            stop=self.parts.stop,
         )
         trained = time.perf_counter() - began
         self._finish(stage)
@@ -180,10 +188,31 @@ class StageRunner:
 
     # -- checkpoints --------------------------------------------------------------------------
 
-    def _saved(self, stage: Stage, step: int) -> None:
+    def _saved(self, stage: Stage, step: int, stopping: bool) -> None:
+        """Save after a step if it is time, and leave if a rank was asked to stop.
+
+        Raises:
+            InterruptionError: On every rank, after the checkpoint was written.
+        """
         every = self.config.checkpoint.every_steps
-        if every is not None and step % every == 0 and step < stage.steps:
+        # After the last step only a wish to stop is worth a checkpoint: consolidation, which ends
+        # with one, may take longer than the time that is left.
+        if stopping or (every is not None and step % every == 0 and step < stage.steps):
             self._save(stage, Position(stage=stage.index, step=step))
+        if stopping:
+            raise InterruptionError(self.parts.stop.reason)
+
+    def _leave_if_asked(self) -> None:
+        """At the end of a stage, with everything saved: leave if a rank was asked to stop.
+
+        Collective: yes.
+
+        Raises:
+            InterruptionError: On every rank.
+        """
+        asked = self.parts.stop.received is not None
+        if any(comm.gather(asked, self.engine.world)):
+            raise InterruptionError(self.parts.stop.reason)
 
     def _save(self, stage: Stage, position: Position) -> None:
         """Write a checkpoint of the live state. Collective: yes."""
@@ -208,6 +237,7 @@ class StageRunner:
                 self.engine.optimizer_step,
                 self._past,
                 live=self.carried and position.step is None,
+                fence=self.parts.fence,
             )
             checkpoint.prune_steps(
                 run.path,

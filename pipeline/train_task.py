@@ -12,6 +12,7 @@ import torch
 
 from accrete.pipeline.distributed.comm import sum_over_ranks
 from accrete.pipeline.errors import MethodError
+from accrete.pipeline.interruption import StopSignal
 from accrete.pipeline.records import Event, Recorder
 from accrete.pipeline.stage import Stage, row_losses
 
@@ -51,7 +52,8 @@ def train_task(
     recorder: Recorder,
     *,
     start: int = 0,
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int, bool], None] | None = None,
+    stop: StopSignal | None = None,
 ) -> None:
     """Train one stage.
 
@@ -60,7 +62,9 @@ def train_task(
         method: Its hooks run around every step.
         recorder: Gets one `step` event per optimizer step.
         start: Steps already made.
-        after_step: Called with the number of steps made (for checkpoints).
+        after_step: Called with the number of steps made, for checkpoints, and whether a rank was
+            asked to stop before this step; all ranks get the same answer.
+        stop: What this rank was asked.
 
     Raises:
         MethodError: The loss is no longer finite; raised on every rank before the weights move.
@@ -77,7 +81,8 @@ def train_task(
         rows = stage.global_batch(step)
         label_tokens = sum(len(row.answer) for row in rows)
         method.before_step(stage)
-        sums = _backward(stage, method, rows, label_tokens)
+        asked = stop is not None and stop.received is not None
+        sums, stopping = _backward(stage, method, rows, label_tokens, asked)
         _require_finite(sums["loss"], stage, step)
         method.after_backward(stage)
         norm = stage.engine.step(rate)
@@ -97,13 +102,15 @@ def train_task(
             **_with_share(sums),
         )
         if after_step is not None:
-            after_step(step + 1)
+            after_step(step + 1, stopping)
 
 
 def _backward(
-    stage: Stage, method: Method, rows: list[EncodedRow], label_tokens: int
-) -> dict[str, float]:
+    stage: Stage, method: Method, rows: list[EncodedRow], label_tokens: int, asked: bool = False
+) -> tuple[dict[str, float], bool]:
     """Forward and backward of all micro-batches; the step's sums over ranks, by name.
+
+    With them goes whether any rank was asked to stop: no collective of its own.
 
     The task loss is the sum over label tokens divided by the step's global count. The engine
     divides by the accumulation count and averages over ranks, hence the factor.
@@ -111,7 +118,7 @@ def _backward(
     engine = stage.engine
     factor = engine.world * engine.accumulation / max(1, label_tokens)
     # One vector of fixed length for every method: logging costs the same collective for all.
-    totals = torch.zeros(1 + MAX_STEP_SUMS, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(2 + MAX_STEP_SUMS, dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(stage.micro_batches(rows), start=1):
         last = number == engine.accumulation
         logits = stage.logits(batch)
@@ -125,9 +132,11 @@ def _backward(
     sums = method.step_sums()
     for place, value in enumerate(sums.values(), start=1):
         totals[place] = value
+    totals[-1] = asked
     sum_over_ranks(totals, engine.world)
-    loss_sum, *values = totals.tolist()
-    return {"loss": loss_sum / max(1, label_tokens), **dict(zip(sums, values, strict=False))}
+    loss_sum, *values, stopping = totals.tolist()
+    named = dict(zip(sums, values, strict=False))
+    return {"loss": loss_sum / max(1, label_tokens), **named}, stopping > 0
 
 
 def _with_share(sums: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("pipeline", "eval", "launch", "recipes")
-SHIPPED = {".py", ".yaml", ".md", ".jinja", ".json", ".typed"}
+SHIPPED = {".py", ".yaml", ".md", ".jinja", ".json", ".typed", ".txt"}
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
     }
     assert {"accrete/launch/cli.py", "accrete/eval/templates/report.html.jinja"} < expected
     assert "accrete/recipes/standard_cl/order1.yaml" in expected
+    assert "accrete/launch/constraints.txt" in expected  # a link to the one at the top
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert inside == expected
 

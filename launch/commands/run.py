@@ -40,10 +40,11 @@ def run(
     from accrete.launch.commands.conclusion import print_result
 
     loaded = api.load_recipe(recipe, *(overrides or ()))
-    print_result(api.run(loaded, run_dir or _default_folder(loaded.name), procs))
+    print_result(api.run(loaded, run_dir or default_folder(loaded.name), procs))
 
 
-def _default_folder(name: str) -> Path:
+def default_folder(name: str) -> Path:
+    """Where a run of this recipe goes if nobody says."""
     from datetime import datetime
 
     return Path("runs") / f"{name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}"

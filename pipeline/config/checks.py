@@ -8,12 +8,13 @@ from typing import Any
 from accrete.pipeline.config.problems import Problem, ProblemList, RecipeError, show_value
 from accrete.pipeline.config.run import RunConfig
 from accrete.pipeline.config.tree import Node
+from accrete.pipeline.data.config import WHOLE_ANSWER
 from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.methods.base import Method
 from accrete.pipeline.methods.registry import method_class
 
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_NEEDS_ROOT = ("auto", "compact", "olora", "sapt", "superni", "trace", "tasl")
+_NO_ROOT = ("files", "hub", "generated")
 
 
 def check_together(tree: Node, problems: ProblemList) -> None:
@@ -31,7 +32,7 @@ def require_data_root(config: RunConfig) -> None:
     Raises:
         RecipeError: `data.root` is null and at least one task needs it.
     """
-    if config.data.root is not None or config.data.format not in _NEEDS_ROOT:
+    if config.data.root is not None or config.data.format in _NO_ROOT:
         return
     missing = [task.name for task in config.tasks if task.files is None]
     if not missing:
@@ -133,11 +134,12 @@ def _check_scoring(tree: Node, problems: ProblemList) -> None:
         return
     tasks = tree.get("tasks")
     for index, task in enumerate(tasks.items if tasks is not None else []):
-        if _value(task, "metric") == "rouge_l":
+        metric = _value(task, "metric")
+        if metric is not None and metric not in WHOLE_ANSWER:
             problems.add(
                 _where(task, "metric"),
                 f"tasks.{index}.metric",
-                "rouge_l needs generated text, but "
+                f"{metric} needs generated text, but "
                 f"{_where(tree, 'eval', 'mode')} says `eval.mode: forward`",
                 "set eval.mode to auto or generate",
             )

@@ -13,7 +13,7 @@ GROUPS = {"model": "models", "method": "methods"}
 
 _SUFFIXES = (".yaml", ".yml")
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
-_PARTS = {*GROUPS.values(), "clusters"}
+_PARTS = {*GROUPS.values(), "clusters", "sources"}
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +37,7 @@ def named_file(name: str) -> Path | None:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes that can be run: not bases, models, methods or clusters."""
+    """Names of the shipped recipes that can be run: not bases, groups, clusters or sources."""
     return [
         name
         for name in all_names()

@@ -12,6 +12,7 @@ from typing import Any
 from accrete.pipeline.config.checks import check_together
 from accrete.pipeline.config.compose import choose_group, compose, flatten
 from accrete.pipeline.config.fields import yaml_name
+from accrete.pipeline.config.hub_tasks import take_hub_tasks
 from accrete.pipeline.config.library import (
     looks_like_file,
     named_file,
@@ -94,6 +95,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedReci
         if not override.is_group:
             apply_override(tree, override, problems)
     expand_task_names(tree)
+    take_hub_tasks(tree, problems)
     check_together(tree, problems)
     config = build(tree, problems)
     problems.raise_if_any(name)

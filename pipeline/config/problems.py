@@ -35,10 +35,10 @@ class Problem:
 class RecipeError(ConfigError):
     """A recipe or an override is wrong; `problems` holds every mistake, in reading order."""
 
-    def __init__(self, name: str, problems: Iterable[Problem]) -> None:
+    def __init__(self, name: str, problems: Iterable[Problem], kind: str = "recipe") -> None:
         self.problems = list(problems)
         count = len(self.problems)
-        title = f"recipe {name}: {count} problem{'s' if count != 1 else ''}"
+        title = f"{kind} {name}: {count} problem{'s' if count != 1 else ''}"
         super().__init__("\n".join([title, *(f"  {_indent(str(p))}" for p in self.problems)]))
 
 
@@ -66,14 +66,18 @@ class ProblemList:
         """Whether something below `path` is already known to be wrong."""
         return any(item.path.startswith(f"{path}.") for item in self._items)
 
-    def raise_if_any(self, name: str) -> None:
+    def raise_if_any(self, name: str, kind: str = "recipe") -> None:
         """End here if there is anything to tell.
+
+        Args:
+            name: Of the file that is wrong, for the title.
+            kind: What it is.
 
         Raises:
             RecipeError: With everything noted so far, files by line and then overrides.
         """
         if self._items:
-            raise RecipeError(name, sorted(self._items, key=_reading_order))
+            raise RecipeError(name, sorted(self._items, key=_reading_order), kind)
 
 
 def _reading_order(problem: Problem) -> tuple[bool, str, int]:

@@ -50,7 +50,7 @@ class EvalConfig:
 
     mode: Literal["auto", "forward", "generate"] = "auto"
     """`forward`: greedy exact match by one teacher-forced pass; `generate`: free greedy decoding;
-    auto: forward for exact-match tasks, generate for the others."""
+    auto: forward for `exact_match` and `raw_match` tasks, generate for the others."""
     batch_tokens: Annotated[int, Field(ge=64)] = 8192
     """Padded tokens per scoring batch on one rank."""
     decode_misses: bool = False

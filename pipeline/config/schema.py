@@ -38,6 +38,11 @@ def recipe_schema() -> Schema:
     }
     properties["model"] = _group("model", {"$ref": "#/$defs/ModelConfig"}, [], _YAML)
     properties["method"] = _group("method", _method(defs), method_kinds(), f"{_YAML}|{_PYTHON}")
+    properties["hub"] = {
+        "description": "Task name -> its fields where `data.format` is hub; its own fields win.",
+        "type": "object",
+        "additionalProperties": {"$ref": "#/$defs/HubTask"},
+    }
     task = properties["tasks"]["items"]
     properties["tasks"]["items"] = {
         "anyOf": [{"type": "string", "description": "Short for {name: ...}."}, task]
@@ -45,6 +50,10 @@ def recipe_schema() -> Schema:
     for name, schema in defs.items():
         if name != "TaskConfig":
             schema.pop("required", None)
+    named = defs["TaskConfig"]
+    fields = {key: value for key, value in named["properties"].items() if key != "name"}
+    lean = {key: value for key, value in named.items() if key != "required"}
+    defs["HubTask"] = {**lean, "description": "Fields of a task.", "properties": fields}
     return {
         "$schema": DIALECT,
         "title": "accrete recipe",

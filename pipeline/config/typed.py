@@ -45,6 +45,20 @@ def build(tree: Node, problems: ProblemList) -> RunConfig | None:
     return dataclasses.replace(run, method=method)
 
 
+def build_as(cls: type[T], tree: Node, problems: ProblemList, title: str = "") -> T | None:
+    """Another kind of file than a recipe, typed; None if a mistake was noted.
+
+    Args:
+        cls: The dataclass that the file describes.
+        tree: Its content.
+        problems: Gets every mistake with its place.
+        title: What its keys are, for messages.
+    """
+    before = len(problems)
+    value = _validate(cls, tree, (), problems, title)
+    return None if len(problems) > before else value
+
+
 def _build_method(tree: Node, problems: ProblemList) -> MethodConfig | None:
     node = tree.get("method")
     if node is None:

@@ -8,10 +8,23 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 Format = Literal[
-    "auto", "compact", "olora", "sapt", "superni", "trace", "tasl", "files", "hub", "generated"
+    "auto",
+    "compact",
+    "olora",
+    "sapt",
+    "superni",
+    "natural_instructions",
+    "trace",
+    "tasl",
+    "files",
+    "hub",
+    "generated",
 ]
 Template = Literal["plain", "olora", "sapt", "superni", "raw"]
-Metric = Literal["exact_match", "rouge_l"]
+Metric = Literal["exact_match", "raw_match", "first_letter", "rouge_l", "sari", "edit_similarity"]
+WHOLE_ANSWER: frozenset[Metric] = frozenset({"exact_match", "raw_match"})
+"""Metrics that only a whole answer meets: one forward pass decides them, and an answer too long to
+decode could never be right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +62,15 @@ class TaskConfig:
     """Words for label numbers 0, 1, 2, ... of the output column."""
     labels: list[str] | None = None
     """The closed set of answers; default: what the format's own files say, or open."""
+    per_label: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    """Split -> use only the first so many rows of each label, for large sets sorted by label."""
     instruction: str | None = None
     """Instruction text; default: what the format's own files say."""
     family: str | None = None
     """Task family (prompt prefix of the O-LoRA style, folder of its format)."""
     metric: Metric | None = None
-    """Default: `rouge_l` for SuperNI tasks with open answers, else `exact_match`."""
+    """Default: `rouge_l` for SuperNI tasks with open answers, else `exact_match`; docs/metrics.md
+    describes each."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Training steps of this task; overrides `train.max_steps`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -70,9 +86,13 @@ class DataConfig:
     format: Format = "auto"
     """Layout of `root`; auto recognises it by its files."""
     benchmark: str | None = None
-    """Sub-collection of `root` (compact: `standard`, `long`, `superni`)."""
+    """Sub-collection of `root` (compact: `standard`, `long`, `superni`; SAPT: `Long_Sequence`, for
+    which `long` stands as well, `SuperNI`). O-LoRA's folder has none and needs none."""
     template: Template = "plain"
     """Prompt style; see docs/recipes.md."""
+    examples: Annotated[int, Field(ge=0)] = 0
+    """Worked examples in every prompt (template `superni`): the first so many of the task's own
+    `Positive Examples`."""
     instructions: str | None = None
     """JSON file of published instructions per family (O-LoRA's `instruction_config.json`)."""
     eval_split: str = "test"
@@ -83,9 +103,12 @@ class DataConfig:
     """Score only the first so many rows of each task."""
     max_source_tokens: Annotated[int, Field(ge=8)] = 512
     """Prompt length; only the input text is cut, never the options or the answer cue."""
+    cut: Literal["end", "start"] = "end"
+    """The side on which a text that is too long loses words; `start` where what is to be continued
+    stands last, as in code."""
     max_target_tokens: Annotated[int, Field(ge=1)] = 50
     """Answer length including the end token; longer answers are an error at pre-flight for
-    `exact_match` tasks and are cut in training for `rouge_l` tasks."""
+    `exact_match` and `raw_match` tasks and are cut in training for the others."""
     streaming: bool = False
     """Read every task as a stream, block by block, whatever its size."""
     stream_above_rows: Annotated[int, Field(ge=1)] = 1_000_000

@@ -82,12 +82,19 @@ class Encoder:
     """Tokenises prompts and answers of one model kind."""
 
     def __init__(
-        self, tokenizer: Any, *, seq2seq: bool, max_source_tokens: int, max_target_tokens: int
+        self,
+        tokenizer: Any,
+        *,
+        seq2seq: bool,
+        max_source_tokens: int,
+        max_target_tokens: int,
+        cut: str = "end",
     ) -> None:
         self._tokenizer = tokenizer
         self._seq2seq = seq2seq
         self._cap = max_source_tokens
         self._target_cap = max_target_tokens
+        self._cut_start = cut == "start"
         bos = tokenizer.bos_token_id
         self._head = [] if seq2seq or bos is None else [int(bos)]
         self._eos = int(tokenizer.eos_token_id)
@@ -134,8 +141,8 @@ class Encoder:
     def encode(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Encoding]:
         """Tokenise a batch of rows.
 
-        Only the text of a prompt is cut, at its end, so that the prompt has at most
-        `max_source_tokens` ids with start and end token. An answer longer than
+        Only the text of a prompt is cut, at the side that was asked for, so that the prompt has at
+        most `max_source_tokens` ids with start and end token. An answer longer than
         `max_target_tokens` keeps its beginning and its end token.
         """
         whole = self._ids([str(prompt) for prompt in prompts])
@@ -160,7 +167,7 @@ class Encoder:
         return rows
 
     def _cut(self, prompts: Sequence[Prompt], room: int) -> list[list[int] | None]:
-        """Ids of over-long prompts with the end of their text left out; None: still too long."""
+        """Ids of over-long prompts with a part of their text left out; None: still too long."""
         if not prompts:
             return []
         if not self._tokenizer.is_fast:
@@ -172,7 +179,7 @@ class Encoder:
             return_offsets_mapping=True,
         )
         return [
-            _drop(list(ids), spans, prompt, room)
+            _drop(list(ids), spans, prompt, room, self._cut_start)
             for ids, spans, prompt in zip(
                 found["input_ids"], found["offset_mapping"], prompts, strict=True
             )
@@ -182,13 +189,15 @@ class Encoder:
         """The same for tokenizers that do not say which characters a token stands for."""
         prefix, text, suffix = self._ids([prompt.prefix, prompt.text, prompt.suffix])
         left = room - len(prefix) - len(suffix)
-        return prefix + text[:left] + suffix if left >= 0 else None
+        if left < 0:
+            return None
+        return prefix + (text[len(text) - left :] if self._cut_start else text[:left]) + suffix
 
 
 def _drop(
-    ids: list[int], spans: Sequence[tuple[int, int]], prompt: Prompt, room: int
+    ids: list[int], spans: Sequence[tuple[int, int]], prompt: Prompt, room: int, at_start: bool
 ) -> list[int] | None:
-    """Leave out the last tokens of the text, whole characters at a time.
+    """Leave out the last (or first) tokens of the text, whole characters at a time.
 
     A token that reaches over an edge of the text belongs to the fixed part and stays.
     """
@@ -199,6 +208,12 @@ def _drop(
         return None
     if not inside:
         return None
+    if at_start:
+        first = inside[0]
+        last = first + (len(ids) - room)
+        while last <= inside[-1] and spans[last][0] < spans[last - 1][1]:
+            last += 1
+        return ids[:first] + ids[last:]
     last = inside[-1] + 1
     first = last - (len(ids) - room)
     while first > inside[0] and spans[first][0] < spans[first - 1][1]:

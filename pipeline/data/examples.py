@@ -49,6 +49,8 @@ class TaskInfo:
     """The rows hold whole prompts, so that no template applies."""
     no_gold: str | None = None
     """Answer by which the published files mark an unlabelled test row."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Worked examples (input, output) that go into every prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,15 +73,15 @@ def iter_records(path: Path, field: str | None = None) -> Iterator[Record | Prob
         yield Problem(str(path), "the file is empty: it has no rows")
 
 
-def read_field(path: Path, field: str) -> object:
-    """One value of the JSON object in a file; None if it has no such key.
+def read_fields(path: Path, *fields: str) -> list[object]:
+    """Some values of the JSON object in a file; None for a key that it does not have.
 
     Raises:
-        json.JSONDecodeError: The file is not JSON up to that key.
+        json.JSONDecodeError: The file is not JSON up to such a key.
     """
-    text = _text(path)
-    position = _find(text, field)
-    return None if position is None else json.JSONDecoder().raw_decode(text, position)[0]
+    text, decode = _text(path), json.JSONDecoder().raw_decode
+    places = [_find(text, field) for field in fields]
+    return [None if place is None else decode(text, place)[0] for place in places]
 
 
 def _stream(builder: str, path: Path, **options: str) -> Iterator[dict[str, object]]:

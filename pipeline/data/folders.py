@@ -28,6 +28,8 @@ LAYOUTS = """\
 labels.json
   sapt      <group>/<task>/{train,dev,test}.json with {Definition, Instances: [...]}
   superni   as sapt, tasks named task<number>_...
+  natural_instructions   [data/][tasks/]task<number>_*.json with {Definition, Instances: [...]}, \
+all splits in one
   tasl      {train,dev,test}/<task>*.json with rows {id, input, output}
   trace     <task>/{train,eval,test}.json with rows {prompt, answer}"""
 
@@ -40,6 +42,8 @@ class Located:
     dataset: str
     splits: dict[str, tuple[Path, ...]]
     columns: Columns = field(default_factory=Columns)
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    """Split -> its first row and the one behind its last, where one file holds all splits."""
     field: str | None = None
     """Key of the rows in a JSON object."""
     family: str | None = None
@@ -48,6 +52,8 @@ class Located:
     metric: Metric | None = None
     raw: bool = False
     no_gold: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+    """Worked examples (input, output) that the layout gives beside the rows."""
 
 
 def detect(root: Path) -> Format:
@@ -60,6 +66,8 @@ def detect(root: Path) -> Format:
         return "compact"
     if tasl_root(root) is not None:
         return "tasl"
+    if instruction_files(root):
+        return "natural_instructions"
     found = sorted({layout for layout, _ in task_folders(root)})
     if found == ["sapt", "superni"]:
         return "sapt"
@@ -149,6 +157,9 @@ def pick_folder(root: Path, task: TaskConfig, data: DataConfig, *layouts: Format
     if data.benchmark is not None:
         wanted = canonical(data.benchmark)
         kept = [p for p in folders if wanted in map(canonical, p.relative_to(root).parts[:-1])]
+        # O-LoRA's folder is one collection, and so is a part of SAPT's that is given alone.
+        if not kept and (wanted == canonical(root.name) or _one_collection(wanted, layouts)):
+            kept = folders
         if not kept:
             groups = [part for p in folders for part in p.relative_to(root).parts[:-1]]
             raise DataError(
@@ -171,6 +182,21 @@ def pick_folder(root: Path, task: TaskConfig, data: DataConfig, *layouts: Format
             f"{', '.join(str(p.relative_to(root)) for p in hits)}. Set data.benchmark to the one."
         )
     return hits[0]
+
+
+def _one_collection(wanted: str, layouts: Sequence[Format]) -> bool:
+    return "olora" in layouts and wanted in ("standard", "long")
+
+
+def instruction_files(root: Path) -> list[Path]:
+    """The task files of Natural Instructions: all rows of a task in one file, no splits."""
+    for folder in (root, root / "tasks", root / "data" / "tasks"):
+        files = sorted(p for p in folder.glob("task*.json") if is_superni(p.stem))
+        if files:
+            with files[0].open(encoding="utf-8-sig", errors="replace") as text:
+                head = text.read(65536)
+            return files if '"Definition"' in head else []
+    return []
 
 
 def tasl_root(root: Path) -> Path | None:

@@ -21,7 +21,7 @@ class SplitStats:
     mean_answer_tokens: float
     max_answer_tokens: int
     cut_answers_pct: float = 0.0
-    """Percent of the rows whose answer was cut (`rouge_l` tasks only)."""
+    """Percent of the rows whose answer was cut (only where a metric allows parts of an answer)."""
     label_counts: dict[str, int] = field(default_factory=dict)
     """Rows per label, 0 included; empty for open answers."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from accrete.pipeline.data.examples import Columns, Problem
 from accrete.pipeline.data.files import Record
 from accrete.pipeline.data.names import listing
 from accrete.pipeline.errors import DataError
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class HubRows:
@@ -72,9 +75,18 @@ class HubRows:
         import datasets
 
         try:
-            return datasets.load_dataset_builder(**self._options())
+            builder = datasets.load_dataset_builder(**self._options())
         except Exception as error:  # offline, not found, gated, a script: no common base class
             raise DataError(self._unreachable(error)) from error
+        # Without network `datasets` takes the newest rows of its cache, whatever is asked for.
+        wanted, found = self._task.revision or "", str(builder.hash)
+        if _COMMIT.fullmatch(wanted) and _COMMIT.fullmatch(found) and wanted != found:
+            raise DataError(
+                f"Task {self._task.name!r}: hub data set {self._id!r} is in the cache at revision "
+                f"{found}, and the recipe asks for {wanted}. Run `accrete fetch RECIPE` where "
+                "there is network."
+            )
+        return builder
 
     def _find_splits(self) -> dict[str, str]:
         import datasets
@@ -101,13 +113,12 @@ class HubRows:
         return datasets.load_dataset(**self._options(), split=self._splits[split], streaming=True)
 
     def _unreachable(self, error: Exception) -> str:
-        config = f", {self._task.config!r}" if self._task.config else ""
+        config = f" ({self._task.config})" if self._task.config else ""
         first = str(error).strip().splitlines()
         return (
-            f"Task {self._task.name!r}: hub data set {self._id!r} cannot be opened: "
+            f"Task {self._task.name!r}: hub data set {self._id!r}{config} cannot be opened: "
             f"{type(error).__name__}: {first[0] if first else ''}\n"
-            "Check its name and `config`. Without network: run "
-            f'`python -c "import datasets; datasets.load_dataset({self._id!r}{config})"` on a '
-            "machine that has it and copy its cache folder (HF_HOME), or save the rows as JSON "
-            "lines or Parquet and list them under the task's `files:`."
+            "Check its name and `config`. For nodes without network: `accrete fetch RECIPE` on a "
+            "machine that has it, with the same HF_HOME and ACCRETE_CACHE or a copy of them; or "
+            "save the rows as JSON lines or Parquet and list them under the task's `files:`."
         )

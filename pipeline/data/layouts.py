@@ -14,12 +14,13 @@ from typing import Any
 
 from accrete.pipeline.data.config import DataConfig, Format, TaskConfig
 from accrete.pipeline.data.examples import Columns
-from accrete.pipeline.data.files import read_field
+from accrete.pipeline.data.files import read_fields
 from accrete.pipeline.data.folders import (
     LAYOUTS,
     SPLIT_NAMES,
     Located,
     detect,
+    instruction_files,
     is_superni,
     pick,
     pick_folder,
@@ -29,6 +30,13 @@ from accrete.pipeline.data.folders import (
 )
 from accrete.pipeline.data.names import canonical, listing
 from accrete.pipeline.errors import DataError
+
+HELD_OUT = 50
+"""Natural Instructions does not divide a task. As in CITB, its first 50 instances are the test
+rows, the next 50 the dev rows, and the rest is trained on."""
+
+_SAPT_LABELS = {"qqp": ("no", "yes")}
+"""Where SAPT's labels.json (True, False) is not what its rows say."""
 
 
 def locate(task: TaskConfig, data: DataConfig) -> Located:
@@ -126,13 +134,9 @@ def _sapt(root: Path, task: TaskConfig, data: DataConfig) -> Located:
     folder = pick_folder(root, task, data, "sapt", "superni")
     splits = splits_in(folder, os.listdir(folder))
     labels = _labels(folder)
-    first = next(iter(splits.values()))[0]
-    try:
-        definition = read_field(first, "Definition")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{first}:{error.lineno}: not JSON: {error.msg}") from None
-    if isinstance(definition, list):
-        definition = definition[0] if definition else None
+    if canonical(folder.name) in _SAPT_LABELS and labels is not None:
+        labels = _SAPT_LABELS[canonical(folder.name)]
+    instruction, examples = _schema(next(iter(splits.values()))[0])
     # Published SuperNI numbers are ROUGE-L where the answer is free text.
     free = is_superni(folder.name) and (labels or task.labels) is None
     return Located(
@@ -143,9 +147,55 @@ def _sapt(root: Path, task: TaskConfig, data: DataConfig) -> Located:
         field="Instances",
         family=folder.parent.name,
         labels=labels,
-        instruction=definition.strip() if isinstance(definition, str) else None,
+        instruction=instruction,
         metric="rouge_l" if free else "exact_match",
         no_gold="-",
+        examples=examples,
+    )
+
+
+def _natural_instructions(root: Path, task: TaskConfig, data: DataConfig) -> Located:
+    files = {path.stem: path for path in instruction_files(root)}
+    if not files:
+        raise DataError(
+            f"data.root {root}: not in the layout natural_instructions.\n"
+            f"Recognised layouts:\n{LAYOUTS}"
+        )
+    file = files[pick(task, list(files), root)]
+    instruction, examples = _schema(file)
+    return Located(
+        format="natural_instructions",
+        dataset=file.stem,
+        splits=dict.fromkeys(SPLIT_NAMES, (file,)),
+        ranges={
+            "test": (0, HELD_OUT),
+            "dev": (HELD_OUT, 2 * HELD_OUT),
+            "train": (2 * HELD_OUT, None),
+        },
+        columns=Columns(mixed_outputs=True),
+        field="Instances",
+        instruction=instruction,
+        metric="rouge_l",
+        examples=examples,
+    )
+
+
+def _schema(file: Path) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+    """Instruction and worked examples of a file in the schema of Natural Instructions.
+
+    Raises:
+        DataError: It is not JSON; names the line.
+    """
+    try:
+        definition, listed = read_fields(file, "Definition", "Positive Examples")
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    if isinstance(definition, list):
+        definition = definition[0] if definition else None
+    shown = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+    return (
+        definition.strip() if isinstance(definition, str) else None,
+        tuple((str(e.get("input", "")), str(e.get("output", ""))) for e in shown),
     )
 
 
@@ -176,6 +226,7 @@ def _tasl(root: Path, task: TaskConfig, data: DataConfig) -> Located:
 
 _FINDERS: dict[Format, Callable[[Path, TaskConfig, DataConfig], Located]] = {
     "compact": _compact,
+    "natural_instructions": _natural_instructions,
     "olora": _olora,
     "sapt": _sapt,
     "superni": _sapt,

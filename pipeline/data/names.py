@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-ALIASES = {"boolqa": "boolq", "sst": "sst2"}
-"""Spellings of one data set in the benchmarks of this field."""
+ALIASES = {"boolqa": "boolq", "sst": "sst2", "longsequence": "long"}
+"""Spellings of one data set or collection in the benchmarks of this field."""
 
 
 def canonical(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+from accrete.pipeline.data.config import WHOLE_ANSWER
 from accrete.pipeline.data.encode import EncodedRow, Encoder, Encoding
 from accrete.pipeline.data.examples import Example, Problem, TaskInfo
 from accrete.pipeline.data.handle import SplitStats
@@ -176,7 +177,7 @@ class SplitPreflight:
             self._problems.add(self._group, item)
             return False
         blank = not all(answer.strip() for answer in item.references)
-        if blank and self._info.metric == "exact_match":
+        if blank and self._info.metric in WHOLE_ANSWER:
             self._problems.add(self._group, Problem(item.where, "the answer is blank"))
             return False
         if blank:
@@ -232,7 +233,7 @@ class SplitPreflight:
             what = "the prompt is longer than data.max_source_tokens even without its text"
             self._problems.add(self._group, Problem(example.where, what))
             return False
-        if encoding.answer_tokens > len(encoding.answer) and self._info.metric == "exact_match":
+        if encoding.answer_tokens > len(encoding.answer) and self._info.metric in WHOLE_ANSWER:
             what = (
                 f"the answer has {encoding.answer_tokens} tokens with its end token, "
                 f"data.max_target_tokens is {len(encoding.answer)}: it could never be right. "

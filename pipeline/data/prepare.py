@@ -25,10 +25,10 @@ from accrete.pipeline.data.handle import SplitStats, TaskHandle, TaskStats
 from accrete.pipeline.data.preflight import Problems, SplitPreflight
 from accrete.pipeline.data.prompts import Frame, Prompt, frame_for
 from accrete.pipeline.data.shards import Layout
-from accrete.pipeline.data.sources import Source, open_source
+from accrete.pipeline.data.sources import FileRows, Source, open_source
 from accrete.pipeline.errors import DataError
 
-__all__ = ["SplitStats", "TaskHandle", "TaskStats", "prepare_sequence"]
+__all__ = ["SplitStats", "TaskHandle", "TaskStats", "find_prepared", "prepare_sequence"]
 
 HANDLE_FILE = "handle.json"
 ABANDONED_SECONDS = 24 * 3600
@@ -91,6 +91,61 @@ def prepare_sequence(
     return handles
 
 
+def find_prepared(
+    tasks: Sequence[TaskConfig],
+    data: DataConfig,
+    tokenizer_path: str,
+    seq2seq: bool,
+    cache: Path,
+    seed: int,
+    tokenizer_options: Mapping[str, str] | None = None,
+) -> dict[str, TaskHandle | DataError | None]:
+    """Look for every task in the cache, as `prepare_sequence` would; nothing is written.
+
+    Returns:
+        Task name -> its handle; None: its rows are there and not prepared yet; an error: they
+        cannot be found.
+
+    Raises:
+        ModelError: The tokenizer cannot be used.
+
+    Collective: no
+    """
+    tokenizer = load_tokenizer(tokenizer_path, tokenizer_options)
+    preparer = _Preparer(data, tokenizer, seq2seq, cache, seed, None)
+    found: dict[str, TaskHandle | DataError | None] = {}
+    for task in tasks:
+        try:
+            place = preparer.find(task)
+            found[task.name] = place.open() or place.missing_rows()
+        except DataError as error:
+            found[task.name] = error
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A task, and where it belongs in the cache."""
+
+    source: Source
+    frame: Frame
+    key: str
+    folder: Path
+
+    def open(self) -> TaskHandle | None:
+        """The task if it has been prepared."""
+        return _open(self.folder, self.key)
+
+    def missing_rows(self) -> DataError | None:
+        """What to say of files that a layout or a recipe names and that are not there."""
+        rows = self.source.rows
+        files = rows.located.splits.values() if isinstance(rows, FileRows) else ()
+        missing = [str(path) for paths in files for path in paths if not path.is_file()]
+        if not missing:
+            return None
+        return DataError(f"Task {self.source.task.name!r}: no such file: {', '.join(missing)}")
+
+
 class _Preparer:
     """Prepares tasks with one tokenizer and one set of limits."""
 
@@ -114,11 +169,12 @@ class _Preparer:
             seq2seq=seq2seq,
             max_source_tokens=data.max_source_tokens,
             max_target_tokens=data.max_target_tokens,
+            cut=data.cut,
         )
         self.hashes = FileHashes(cache / "sources.json")
 
-    def prepare(self, task: TaskConfig, problems: Problems) -> TaskHandle | None:
-        """One task; None if problems were found.
+    def find(self, task: TaskConfig) -> _Place:
+        """Where a task belongs in the cache; nothing is written.
 
         Raises:
             DataError: The task cannot be found or asked for at all.
@@ -135,8 +191,17 @@ class _Preparer:
             source.split(split)
         key = digest(self._key(source, frame, splits))
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", task.name)[:60]
-        folder = self._cache / f"{slug}-{key[:20]}"
-        found = _open(folder, key)
+        return _Place(source, frame, key, self._cache / f"{slug}-{key[:20]}")
+
+    def prepare(self, task: TaskConfig, problems: Problems) -> TaskHandle | None:
+        """One task; None if problems were found.
+
+        Raises:
+            DataError: The task cannot be found or asked for at all.
+        """
+        place = self.find(task)
+        source, frame, key, folder = place.source, place.frame, place.key, place.folder
+        found = place.open()
         if found is not None:
             self._say(f"{task.name}: prepared before")
             return found
@@ -172,6 +237,8 @@ class _Preparer:
                 data.max_target_tokens,
                 data.max_train_examples,
                 data.max_eval_examples,
+                data.cut,
+                task.per_label,
             ],
             "stream": [data.streaming, data.stream_above_rows],
             "tokenizer": self._tokenizer,

@@ -30,6 +30,31 @@ FAMILY_INSTRUCTIONS = {
 """Instruction per task family of the O-LoRA collection, where nothing else gives one; our wording.
 `data.instructions` takes the published file instead."""
 
+TASK_DEFINITIONS = {
+    "agnews": "Name the topic of the following news article.",
+    "amazon": "Judge the sentiment of the following product review: very negative, negative, "
+    "neutral, positive or very positive.",
+    "boolq": "Read the passage: is the answer to the question true or false? Answer True or False.",
+    "cb": "Name the relation between sentence 1 and sentence 2.",
+    "copa": "",
+    "dbpedia": "Name the topic of the following entry of an encyclopedia.",
+    "imdb": "Judge the sentiment of the following film review.",
+    "mnli": "How does sentence 2 relate logically to sentence 1: contradiction, entailment or "
+    "neutral?",
+    "multirc": "Read the paragraph and the question: is the candidate answer right? Answer True or "
+    "False.",
+    "qqp": "Do the two questions ask the same thing? Answer True or False.",
+    "rte": "Does sentence 1 entail or contradict sentence 2?",
+    "sst2": "Judge the sentiment of the following text.",
+    "wic": "Does the word have the same meaning in both sentences?",
+    "yahoo": "Name the topic of the following question.",
+    "yelp": "Judge the sentiment of the following review: very negative, negative, neutral, "
+    "positive or very positive.",
+}
+"""Definition per task in the manner of SAPT, for `template: sapt` on rows of another layout; our
+wording. As there, not every one names its options, and COPA has none. SAPT's own folder brings its
+own."""
+
 RAW_CUE = 200
 """A whole prompt's last line counts as its answer cue if it has at most so many characters."""
 
@@ -111,13 +136,18 @@ def _sapt(info: TaskInfo) -> Frame:
 
 
 def _superni(info: TaskInfo) -> Frame:
-    """The zero-shot style of SuperNI as SAPT uses it."""
+    """The style of SuperNI: definition, worked examples, the row.
+
+    Source: Tk-Instruct; SAPT uses it without examples, CITB with two.
+    """
     if not info.instruction:
         raise DataError(
             f"template superni: task {info.dataset!r} has no definition. Set its `instruction`."
         )
-    head = f"Definition: {info.instruction}\n\nNow complete the following example -\nInput: "
-    return Frame(head, "\nOutput:")
+    head = f"Definition: {info.instruction}\n\n"
+    for number, (given, said) in enumerate(info.examples, 1):
+        head += f"Positive Example {number} -\nInput: {given}\nOutput: {said}\n\n"
+    return Frame(f"{head}Now complete the following example -\nInput: ", "\nOutput:")
 
 
 def _raw(info: TaskInfo) -> Frame:

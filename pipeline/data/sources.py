@@ -11,6 +11,7 @@ import glob
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from accrete.pipeline.data.folders import SPLIT_NAMES, Located, read_json
 from accrete.pipeline.data.hub import HubRows
 from accrete.pipeline.data.layouts import locate
 from accrete.pipeline.data.names import canonical, listing, nearest
-from accrete.pipeline.data.prompts import FAMILY_INSTRUCTIONS
+from accrete.pipeline.data.prompts import FAMILY_INSTRUCTIONS, TASK_DEFINITIONS
 from accrete.pipeline.errors import DataError
 
 
@@ -57,13 +58,16 @@ class FileRows:
 
     def records(self, split: str) -> Iterator[Record | Problem]:
         """Stream one split, file after file."""
-        for path in self.located.splits[split]:
-            yield from iter_records(path, self.located.field)
+        first, end = self.located.ranges.get(split, (0, None))
+        files = (iter_records(p, self.located.field) for p in self.located.splits[split])
+        yield from itertools.islice(itertools.chain.from_iterable(files), first, end)
 
     def identity(self, split: str, sha256: Any) -> list[str]:
         """The hash of every file. A missing file is found later, when it is read."""
         files = self.located.splits[split]
-        return [f"{p.suffix} {sha256(p) if p.is_file() else 'missing'}" for p in files]
+        found = [f"{p.suffix} {sha256(p) if p.is_file() else 'missing'}" for p in files]
+        part = self.located.ranges.get(split)
+        return found if part is None else [*found, f"rows {part[0]} to {part[1]}"]
 
 
 class GeneratedRows:
@@ -120,11 +124,34 @@ class Source:
         """Every row of a split, good or bad, in the order of the files."""
         parser = RowParser(self.task.name, split, self.rows.columns, self.task.label_names)
         numbers = itertools.count()
-        for record in self.rows.records(self.split(split)):
-            if isinstance(record, Problem):
-                yield record
-            else:
-                yield parser.parse(record.value, record.where, next(numbers))
+        rows = (
+            record
+            if isinstance(record, Problem)
+            else parser.parse(record.value, record.where, next(numbers))
+            for record in self.rows.records(self.split(split))
+        )
+        most = self.task.per_label.get(split)
+        return iter(rows) if most is None else _per_label(rows, most, self.info.labels)
+
+
+def _per_label(
+    rows: Iterator[Example | Problem], most: int, labels: tuple[str, ...] | None
+) -> Iterator[Example | Problem]:
+    """The first `most` rows of each label; ends early where the labels are known."""
+    seen = Counter[str]()
+    full = 0
+    for row in rows:
+        if isinstance(row, Problem):
+            yield row
+            continue
+        label = row.references[0]
+        if seen[label] == most:
+            continue
+        seen[label] += 1
+        full += seen[label] == most
+        yield row
+        if full == len(labels or ()) > 0:
+            return
 
 
 def open_source(task: TaskConfig, data: DataConfig, seed: int = 0) -> Source:
@@ -180,6 +207,9 @@ def _info(
     instruction = task.instruction
     if instruction is None and data.instructions is not None:
         instruction = _published(Path(data.instructions), family, located.dataset)
+    if instruction is None and data.template == "sapt" and located.format != "sapt":
+        names = (canonical(task.name), canonical(located.dataset))
+        instruction = next((TASK_DEFINITIONS[n] for n in names if n in TASK_DEFINITIONS), None)
     if instruction is None:
         instruction = located.instruction
     if instruction is None and family is not None:
@@ -195,6 +225,7 @@ def _info(
         splits=splits,
         raw=located.raw,
         no_gold=located.no_gold,
+        examples=located.examples[: data.examples],
     )
 
 
@@ -271,7 +302,10 @@ def _expand(task: TaskConfig, root: Path, pattern: str) -> list[Path]:
 def _hub(task: TaskConfig, data: DataConfig) -> Source:
     """A data set of the Hugging Face hub."""
     rows = HubRows(task)
-    located = Located(format="hub", dataset=(task.dataset or task.name).split("/")[-1], splits={})
+    # Collections such as GLUE have their data sets as configurations.
+    config = task.config if task.config != "default" else None
+    dataset = config or (task.dataset or task.name).split("/")[-1]
+    located = Located(format="hub", dataset=dataset, splits={})
     info = _info(task, data, located, rows.splits())
     if info.labels is None and (names := rows.class_names()) is not None:
         task = dataclasses.replace(task, label_names=names)

@@ -118,6 +118,11 @@ class MappedRows(_Steps):
         self._lengths = _lengths(self._data)
         self._order: tuple[int, Ints] | None = None
 
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """[n] prompt plus answer tokens of every row, without loading rows."""
+        return self._lengths
+
     def rows(self, step: int, rank: int, world: int) -> list[EncodedRow]:
         """See `TrainRows.rows`."""
         epoch, batch = self._place(step)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,21 @@ Progress = Callable[[str], None]
 
 
 DEFAULT = "~/.cache/accrete"
+_looking = ContextVar("looking", default=False)
+
+
+class NotInCacheError(ModelError):
+    """A model that accrete would have to make first, and was told not to."""
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Inside, `build_once` makes nothing: it finds a model in the cache or raises."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
 
 
 def cache_root() -> Path:
@@ -75,9 +91,12 @@ def build_once(folder: Path, build: Callable[[Path], None], progress: Progress) 
 
     Raises:
         ModelError: The cache cannot be written.
+        NotInCacheError: It is not there, and nothing is to be made (`only_looking`).
     """
     if folder.is_dir():
         return folder
+    if _looking.get():
+        raise NotInCacheError(f"{folder}: not made yet.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f".{folder.name}.lock"), progress):

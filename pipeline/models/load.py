@@ -34,15 +34,20 @@ def unknown_inputs(base: nn.Module) -> frozenset[str]:
     return frozenset({"position_ids", "logits_to_keep"} - known.keys())
 
 
-def read_facts(path: str | Path, tokenizer: Any) -> ModelFacts:
-    """Read `ModelFacts` from a model folder's configuration and its tokenizer.
+def read_facts(path: str | Path, tokenizer: Any, revision: str | None = None) -> ModelFacts:
+    """Read `ModelFacts` from a model's configuration and its tokenizer.
+
+    Args:
+        path: Model folder or hub id.
+        tokenizer: Its tokenizer.
+        revision: Hub revision.
 
     Raises:
         ModelError: The tokenizer has no end token, or the encoder-decoder no start token.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, revision=revision)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(

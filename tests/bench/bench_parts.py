@@ -59,56 +59,75 @@ SHAPES = {
     "llama_like": Shape("llama", 2048, 8192, 2, 32, 8, 1024, 8, 248, 8),
     "t5_large": Shape("t5", 1024, 4096, 24, 16, 16, 32128, 16, 120, 8),
     "llama32_1b": Shape("llama", 2048, 8192, 16, 32, 8, 128256, 8, 248, 8),
+    # Real sizes, a few tokens: what two slow cores can do.
+    "t5_large_few": Shape("t5", 1024, 4096, 24, 16, 16, 32128, 4, 24, 4),
+    "llama32_1b_few": Shape("llama", 2048, 8192, 16, 32, 8, 128256, 4, 24, 4),
+    # Their layers, fewer of them: for methods that train every weight.
+    "t5_large_6_blocks": Shape("t5", 1024, 4096, 6, 16, 16, 32128, 4, 24, 4),
+    "llama32_1b_2_blocks": Shape("llama", 2048, 8192, 2, 32, 8, 128256, 4, 24, 4),
+    # Three sizes of each, for the forecast's check.
+    "t5_s": Shape("t5", 256, 1024, 4, 4, 4, 2048, 16, 120, 8),
+    "t5_m": Shape("t5", 512, 2048, 6, 8, 8, 4096, 16, 120, 8),
+    "t5_l": Shape("t5", 768, 3072, 6, 12, 12, 8192, 16, 120, 8),
+    "llama_s": Shape("llama", 256, 1024, 6, 4, 2, 2048, 16, 120, 8),
+    "llama_m": Shape("llama", 512, 2048, 8, 8, 4, 4096, 16, 120, 8),
+    "llama_l": Shape("llama", 1024, 4096, 6, 16, 8, 8192, 16, 120, 8),
     "tiny_t5": Shape("t5", 32, 48, 2, 4, 4, 64, 4, 12, 4),
     "tiny_llama": Shape("llama", 32, 48, 2, 4, 2, 64, 4, 12, 4),
 }
 
 
+def model_settings(shape: Shape) -> Any:
+    """The configuration of a model of these sizes."""
+    from transformers import LlamaConfig, T5Config
+
+    if shape.kind == "t5":
+        return T5Config(
+            vocab_size=shape.vocab,
+            d_model=shape.width,
+            d_kv=shape.width // shape.heads,
+            d_ff=shape.inner,
+            num_layers=shape.layers,
+            num_heads=shape.heads,
+            dropout_rate=0.0,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            decoder_start_token_id=PAD,
+        )
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+
+
 def base_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """A frozen model; the same random weights in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+    from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     with torch.device(device):
-        if shape.kind == "t5":
-            model: Any = T5ForConditionalGeneration(
-                T5Config(
-                    vocab_size=shape.vocab,
-                    d_model=shape.width,
-                    d_kv=shape.width // shape.heads,
-                    d_ff=shape.inner,
-                    num_layers=shape.layers,
-                    num_heads=shape.heads,
-                    dropout_rate=0.0,
-                    pad_token_id=PAD,
-                    eos_token_id=EOS,
-                    decoder_start_token_id=PAD,
-                )
-            )
-        else:
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=shape.vocab,
-                    hidden_size=shape.width,
-                    intermediate_size=shape.inner,
-                    num_hidden_layers=shape.layers,
-                    num_attention_heads=shape.heads,
-                    num_key_value_heads=shape.kv_heads,
-                    tie_word_embeddings=True,
-                    bos_token_id=BOS,
-                    eos_token_id=EOS,
-                    pad_token_id=PAD,
-                )
-            )
+        family: Any = T5ForConditionalGeneration if shape.kind == "t5" else LlamaForCausalLM
+        model = family(model_settings(shape))
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.to(dtype)
 
 
 class Rows:
-    """Random rows, all of one length, in a fixed cyclic order; the `TrainRows` face."""
+    """Random rows, all of one length, in a fixed cyclic order; the `TrainRows` face.
 
-    def __init__(self, shape: Shape, task: int, num_rows: int) -> None:
+    `ragged`: two of four prompts lack a token, so that there is padding as with real rows.
+    """
+
+    def __init__(self, shape: Shape, task: int, num_rows: int, ragged: bool = False) -> None:
         pick = random.Random(task)
 
         def tokens(count: int) -> list[int]:
@@ -116,7 +135,12 @@ class Rows:
 
         answers = [tokens(shape.answer) for _ in range(LABELS)]
         self.all = [
-            EncodedRow(f"{task}-{i}", tokens(shape.prompt), answers[i % LABELS], i)
+            EncodedRow(
+                f"{task}-{i}",
+                tokens(shape.prompt - (ragged and i % 4 < 2)),
+                answers[i % LABELS],
+                i,
+            )
             for i in range(num_rows)
         ]
         self.num_rows = num_rows
@@ -143,30 +167,48 @@ def method_of(text: str) -> Any:
     return chosen(chosen.Config(**settings))
 
 
-def make_parts(spec: dict[str, Any], ranks: Ranks, folder: Path) -> Parts:
-    """The pieces of a run, put together as `launch.execute.build` does."""
+def make_config(spec: dict[str, Any], world: int) -> RunConfig:
+    """The recipe of a benchmark.
+
+    Of `spec`, `engine` (default: DeepSpeed from two ranks on), `micro` (rows; default: one
+    micro-batch a step), `optimizer` and `checkpointing` may be left out.
+    """
     shape = SHAPES[spec["shape"]]
     method = method_of(spec["method"])
-    config = RunConfig(
+    return RunConfig(
         name="bench",
         tasks=[TaskConfig(name=f"task{i}") for i in range(spec["tasks"])],
-        model=ModelConfig(builder="tiny_t5"),
+        model=ModelConfig(
+            builder="tiny_t5", gradient_checkpointing=spec.get("checkpointing", False)
+        ),
         adapter=AdapterConfig(rank=8, alpha=16.0, targets=spec["targets"], past=spec["past"]),
         method=method.config,
         engine=EngineConfig(
-            kind="plain" if ranks.world == 1 else "deepspeed", zero_stage=spec["zero"]
+            kind=spec.get("engine", "plain" if world == 1 else "deepspeed"),
+            zero_stage=spec["zero"],
         ),
         data=DataConfig(window_batches=1),
         train=TrainConfig(
-            global_batch_size=shape.rows, micro_batch_size=-(-shape.rows // ranks.world)
+            global_batch_size=shape.rows,
+            micro_batch_size=spec.get("micro", -(-shape.rows // world)),
+            optimizer=spec.get("optimizer", "adamw"),
         ),
         eval=EvalConfig(forward_transfer=False),
         checkpoint=CheckpointConfig(every_steps=None),
     )
+
+
+def make_parts(spec: dict[str, Any], ranks: Ranks, folder: Path) -> Parts:
+    """The pieces of a run, put together as `launch.execute.build` does."""
+    shape = SHAPES[spec["shape"]]
+    config = make_config(spec, ranks.world)
+    method: Any = method_class(config.method.kind)(config.method)
     weights = method.trains == "weights"
     half = ranks.device.type == "cuda" and not weights
     dtype = torch.bfloat16 if half else torch.float32
     base = base_model(shape, dtype, ranks.device)
+    if config.model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapted = (
         FullModel(base, method.weights)
         if weights
@@ -191,7 +233,9 @@ def make_parts(spec: dict[str, Any], ranks: Ranks, folder: Path) -> Parts:
             )
             for task in config.tasks
         ],
-        open_rows=lambda task, index: Rows(shape, index, rows.get(index, spec["simulated_rows"])),
+        open_rows=lambda task, index: Rows(
+            shape, index, rows.get(index, spec["simulated_rows"]), spec.get("ragged", False)
+        ),
         adapted=adapted,
         engine=engine,
         past=Past(adapted, engine, choose_mode(config.adapter.past, dtype), method.merge),

@@ -23,7 +23,9 @@ class TeamError(Exception):
 class Team:
     """`spec["procs"]` workers of one method; idle until they are told to go on."""
 
-    def __init__(self, spec: dict[str, Any], seconds: float) -> None:
+    def __init__(
+        self, spec: dict[str, Any], seconds: float, worker: str = "bench_worker.py"
+    ) -> None:
         self.name = spec["method"]
         self.seconds = seconds
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -46,14 +48,14 @@ class Team:
                 "DS_ACCELERATOR": spec["device"],
             }
             with (Path(self._logs.name) / str(rank)).open("wb") as log:
-                worker = subprocess.Popen(
-                    [sys.executable, str(HERE / "bench_worker.py"), json.dumps(spec)],
+                process = subprocess.Popen(
+                    [sys.executable, str(HERE / worker), json.dumps(spec)],
                     env=env,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                 )
-            self._workers.append(worker)
+            self._workers.append(process)
 
     def __enter__(self) -> Team:
         return self
@@ -100,6 +102,9 @@ class Team:
     def _trouble(self, worker: subprocess.Popen[bytes], silent: bool = False) -> str:
         """What happened, with the end of the rank's own output."""
         rank = self._workers.index(worker)
-        what = f"said nothing for {self.seconds:.0f} s" if silent else "ended"
+        what = f"said nothing for {self.seconds:.0f} s"
+        if not silent:
+            # -9 without a word of its own: the system took it, most often for want of memory.
+            what = f"ended with status {worker.wait(10)}"
         tail = (Path(self._logs.name) / str(rank)).read_text(errors="replace")[-3000:]
         return f"{self.name}, rank {rank} {what}:\n{tail}"

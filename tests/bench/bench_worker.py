@@ -108,7 +108,7 @@ class Worker:
 
     def plain_pass(self, stage: Stage) -> float:
         """Seconds of forward and backward over the task's own rows, as training makes them."""
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 or self.parts.config.engine.kind == "deepspeed":
             return 0.0
         own = stage.rows_of(stage.index)
         module = stage.engine.module
@@ -189,7 +189,7 @@ def main() -> None:
     os.dup2(2, 1)
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
-    if spec["procs"] > 1:
+    if spec["procs"] > 1 or spec.get("engine") == "deepspeed":
         ranks = comm.start(spec["device"], timeout_s=600)
     else:
         ranks = comm.Ranks(0, 1, torch.device(spec["device"]))

@@ -16,7 +16,7 @@ from accrete.launch.completion import complete_recipe, complete_run
 ACCRETE = Path(sys.executable).with_name("accrete")
 COMMANDS = (
     *("run", "resume", "branch", "plan", "recipes", "methods", "schema"),
-    *("score", "compare", "report", "export"),
+    *("score", "compare", "report", "export", "doctor", "fetch", "launch"),
 )
 HEAVY = {"torch", "transformers", "datasets", "peft", "pandas", "deepspeed", "numpy", "jinja2"}
 

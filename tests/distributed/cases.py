@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from toys import make_parts
 
+from accrete.launch.forecast.live_bytes import LiveBytes
 from accrete.pipeline import checkpoint
 from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
@@ -328,6 +330,28 @@ def rows(ranks: Any, folder: Path, count: int) -> dict[str, Any]:
     return result
 
 
+def held(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Bytes of live tensors: when the engine stands, after a step, and most in later steps."""
+    live = LiveBytes()
+    gc.collect()
+    with live:
+        parts = make_parts(ranks, folder, **params)
+        gc.collect()
+        result = {"static": live.now}
+        stage = StageRunner(parts)._stage(0)
+        if parts.method.trains == "factors":
+            stage.write_factors(initial_factors(parts.adapted, 3, 0))
+        stage.steps = 1
+        train_task(stage, parts.method, parts.recorder)
+        gc.collect()
+        result["trained"] = live.now
+        live.reset_peak()
+        stage.steps = 3
+        train_task(stage, parts.method, parts.recorder, start=1)
+    result["peak"] = live.peak
+    return result
+
+
 CASES = {
     function.__name__: function
     for function in (
@@ -342,5 +366,6 @@ CASES = {
         scoring,
         consolidation,
         rows,
+        held,
     )
 }

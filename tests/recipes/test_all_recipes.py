@@ -47,6 +47,8 @@ def test_first_comment_and_portability(name: str) -> None:
     assert text.startswith("# ")
     if name in recipe_names():
         assert f"accrete run {name}" in comment
+        for said in ("Expected:", "Hours:", "Hardware:"):
+            assert f"# {said}" in comment
     # A copy must work anywhere, so shipped files extend names, never files.
     for line in re.findall(r"^extends:.*$", text, flags=re.M):
         assert ".yaml" not in line
@@ -56,20 +58,27 @@ def test_first_comment_and_portability(name: str) -> None:
 
 @needs_rows
 @pytest.mark.parametrize(
-    ("benchmark", "folder"), [("standard", "standard_cl"), ("long", "long_sequence")]
+    ("benchmark", "folder"),
+    [
+        ("standard", "standard_cl"),
+        ("long", "long_sequence"),
+        ("long", "long_sequence_sapt"),
+        ("superni", "superni"),
+    ],
 )
 def test_orders_are_the_published_ones(
     benchmark: str, folder: str, manifest: dict[str, Any]
 ) -> None:
     for order, tasks in manifest["orders"][benchmark].items():
-        config = load_recipe(f"{folder}/{order}").config
+        config = load_recipe(f"{folder}/{order.removeprefix('sapt_')}").config
         assert [task.name for task in config.tasks] == tasks
         assert config.data.benchmark == benchmark
 
 
 @needs_rows
 @pytest.mark.parametrize(
-    "name", [n for n in recipe_names() if n.startswith(("standard_cl/", "long_sequence/"))]
+    "name",
+    [n for n in recipe_names() if n.startswith(("standard_cl/", "long_sequence", "superni/"))],
 )
 def test_rows_are_found(name: str, manifest: dict[str, Any]) -> None:
     from accrete.pipeline.data.layouts import locate
@@ -90,15 +99,86 @@ def test_rows_are_found(name: str, manifest: dict[str, Any]) -> None:
         assert (config.data.benchmark, task.name) in known
 
 
-def test_published_settings() -> None:
-    for name in recipe_names():
-        if not re.fullmatch(r"(standard_cl|long_sequence)/order\d", name):
-            continue
-        config = load_recipe(name).config
-        train, adapter, data = config.train, config.adapter, config.data
-        assert (train.learning_rate, train.schedule, train.epochs) == (1e-3, "constant", 1.0)
-        assert train.global_batch_size == 64
-        assert (adapter.rank, adapter.alpha, adapter.dropout) == (8, 32.0, 0.1)
-        assert (data.max_source_tokens, data.max_target_tokens) == (512, 50)
-        assert data.template == "olora"
-        assert config.model.path == "google-t5/t5-large"
+CONTRACT = (
+    *(f"standard_cl/order{n}" for n in (1, 2, 3)),
+    *(
+        f"{folder}/order{n}"
+        for folder in ("long_sequence", "long_sequence_sapt")
+        for n in (4, 5, 6)
+    ),
+    *("superni/order1", "superni/order2", "trace/full", "trace/small", "citb/instrdialog"),
+)
+
+
+def test_promised_names() -> None:
+    assert set(CONTRACT) <= set(recipe_names())
+    assert {"t5_large", "t5_base", "llama32_1b_instruct", "llama32_3b_instruct"} <= set(
+        group_names("model")
+    )
+
+
+SETTINGS = {
+    # rank, learning rate, epochs, rows a step, template, source and target tokens, model
+    "standard_cl": (8, 1e-3, 1.0, 64, "olora", 512, 50, "google-t5/t5-large"),
+    "long_sequence": (8, 1e-3, 1.0, 64, "olora", 512, 50, "google-t5/t5-large"),
+    "long_sequence_sapt": (8, 3e-4, 10.0, 32, "sapt", 512, 50, "google-t5/t5-large"),
+    "superni": (4, 3e-4, 100.0, 32, "superni", 512, 50, "google-t5/t5-large"),
+    "trace": (8, 1e-4, None, 32, "raw", 1024, 512, "meta-llama/Llama-3.2-1B-Instruct"),
+    "citb": (None, 1e-5, 15.0, 8, "superni", 1024, 128, "google-t5/t5-base"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_published_settings(name: str) -> None:
+    rank, rate, epochs, rows, template, source, target, model = SETTINGS[name.split("/")[0]]
+    config = load_recipe(name).config
+    train, adapter, data = config.train, config.adapter, config.data
+    assert (train.learning_rate, train.schedule) == (rate, "constant")
+    assert epochs is None or train.epochs == epochs
+    assert train.global_batch_size == rows
+    if rank is not None:
+        assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == (
+            *(rank, 32.0, 0.1, "qv"),
+        )
+    assert (data.max_source_tokens, data.max_target_tokens) == (source, target)
+    assert data.template == template
+    assert config.model.path == model
+
+
+def test_epochs_and_rows_of_trace() -> None:
+    full, small = (load_recipe(f"trace/{size}").config for size in ("full", "small"))
+    assert [task.epochs for task in full.tasks] == [5, 3, 7, 5, 3, 5, 5, 7]
+    assert [task.epochs for task in small.tasks] == [2, 1, 3, 2, 1, 2, 2, 3]
+    assert (full.data.max_train_examples, small.data.max_train_examples) == (None, 500)
+    assert [task.metric for task in full.tasks] == [task.metric for task in small.tasks]
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "procs", "device"),
+    [
+        ("one_gpu", 1, 1, "cuda"),
+        ("one_node_8", 1, 8, "cuda"),
+        ("two_nodes_8", 2, 8, "cuda"),
+        ("cpu", 1, 2, "cpu"),
+    ],
+)
+def test_clusters(name: str, nodes: int, procs: int, device: str) -> None:
+    from accrete.launch.cluster.settings import load_cluster
+
+    cluster = load_cluster(name)
+    assert (cluster.nodes, cluster.procs_per_node, cluster.device) == (nodes, procs, device)
+    assert cluster.description
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_dry_run(name: str, tmp_path: Path) -> None:
+    """What would be submitted, without rows, model or cluster."""
+    from typer.testing import CliRunner
+
+    from accrete.launch.cli import app
+
+    command = ["launch", "slurm", name, f"data.root={tmp_path}", "--cluster", "two_nodes_8"]
+    options = ["--time", "12:00:00", "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "#SBATCH --nodes=2" in done.output

@@ -24,8 +24,16 @@ def tokenizer(kind: str, request: pytest.FixtureRequest) -> Any:
     return load_tokenizer(request.getfixturevalue(f"{kind}_folder"))
 
 
-def encoder(tokenizer: Any, kind: str, cap: int = 512, target: int = 50) -> Encoder:
-    return Encoder(tokenizer, seq2seq=kind == "t5", max_source_tokens=cap, max_target_tokens=target)
+def encoder(
+    tokenizer: Any, kind: str, cap: int = 512, target: int = 50, cut: str = "end"
+) -> Encoder:
+    return Encoder(
+        tokenizer,
+        seq2seq=kind == "t5",
+        max_source_tokens=cap,
+        max_target_tokens=target,
+        cut=cut,
+    )
 
 
 def plain(tokenizer: Any, text: str) -> list[int]:
@@ -128,9 +136,37 @@ def test_slow_tokenizers_are_cut_by_parts(bytes_folder: str) -> None:
             return self.inner(texts, **options)
 
     fast = load_tokenizer(bytes_folder)
-    for cap in (50, 70):
-        rows = [encoder(t, "bytes", cap).encode([PROMPT], ["good"])[0] for t in (fast, Slow(fast))]
+    for cap, cut in ((50, "end"), (70, "end"), (50, "start"), (70, "start")):
+        makers = [encoder(t, "bytes", cap, cut=cut) for t in (fast, Slow(fast))]
+        rows = [maker.encode([PROMPT], ["good"])[0] for maker in makers]
         assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("cap", [60, 61, 75])
+def test_cut_at_the_start_keeps_the_end_of_the_text(kind: str, tokenizer: Any, cap: int) -> None:
+    words = " ".join(f"fox {i}" for i in range(60))
+    prompt = Prompt("Decide.\nOption: good, bad\n", words, "\nAnswer:")
+    (row,) = encoder(tokenizer, kind, cap, cut="start").encode([prompt], ["good"])
+    (other,) = encoder(tokenizer, kind, cap).encode([prompt], ["good"])
+    assert row.cut
+    assert {len(row.prompt), len(other.prompt)} <= {cap - 1, cap}  # whole characters
+    body = row.prompt[:-1] if kind == "t5" else row.prompt[1:]
+    whole = plain(tokenizer, str(prompt))
+    kept = next(n for n in range(len(body)) if body[n] != whole[n])
+    # From the first cut token on it is the end of the whole prompt, text and cue.
+    assert body[kept:] == whole[len(whole) - (len(body) - kept) :]
+    assert row.answer == other.answer
+
+
+def test_cut_at_the_start_leaves_no_half_characters(bytes_folder: str) -> None:
+    tokenizer = load_tokenizer(bytes_folder)
+    prompt = Prompt("Decide: ", "жаба " * 40, "\nAnswer:")
+    for cap in range(40, 52):
+        (row,) = encoder(tokenizer, "bytes", cap, cut="start").encode([prompt], ["good"])
+        said = tokenizer.decode(row.prompt[1:])
+        assert "\ufffd" not in said
+        assert len(row.prompt) <= cap
+        assert said.endswith("\nAnswer:")
 
 
 def test_bad_tokenizers(tmp_path: Any, bytes_folder: str) -> None:

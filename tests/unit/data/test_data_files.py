@@ -14,7 +14,7 @@ from data_samples import WriteRows, rows_of
 
 from accrete.pipeline.data.config import ColumnsConfig, DataConfig, TaskConfig
 from accrete.pipeline.data.examples import Problem
-from accrete.pipeline.data.files import Record, iter_records, read_field
+from accrete.pipeline.data.files import Record, iter_records, read_fields
 from accrete.pipeline.data.sources import describe_task, open_source, read_examples
 from accrete.pipeline.errors import DataError
 
@@ -237,6 +237,8 @@ def test_labels_by_number_and_joined_columns(tmp_path: Path, write_rows: WriteRo
     assert describe_task(task, data).labels == ("no", "yes")
 
 
-def test_read_field_stops_at_the_key(tmp_path: Path) -> None:
+def test_read_fields_stops_at_the_keys(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": {"b": [1, "}"]}, "Definition": ["d"], broken')
-    assert read_field(tmp_path / "a.json", "Definition") == ["d"]
+    assert read_fields(tmp_path / "a.json", "Definition") == [["d"]]
+    (tmp_path / "b.json").write_text('{"Definition": ["d"], "Instances": []}')
+    assert read_fields(tmp_path / "b.json", "Instances", "Definition", "x") == [[], ["d"], None]

@@ -125,6 +125,77 @@ def test_sapt_and_superni(tmp_path: Path) -> None:
         describe_task(TaskConfig(name="agnews"), only)
 
 
+def test_parts_of_a_collection(tmp_path: Path) -> None:
+    """`long` is SAPT's Long_Sequence, also given alone, and all of O-LoRA's folder."""
+    make_sapt(tmp_path / "sapt")
+    make_olora(tmp_path / "olora")
+    for root in ("sapt", "sapt/Long_Sequence", "olora", "olora/CL_Benchmark"):
+        name = "mnli" if root.startswith("olora") else "agnews"
+        data = DataConfig(root=str(tmp_path / root), benchmark="long")
+        assert canonical(describe_task(TaskConfig(name=name), data).dataset) == name
+    for root in ("sapt", "olora"):
+        with pytest.raises(DataError, match="there is no 'lnog'"):
+            describe_task(
+                TaskConfig(name="agnews"), DataConfig(root=str(tmp_path / root), benchmark="lnog")
+            )
+
+
+def test_definitions_for_rows_of_another_layout(tmp_path: Path) -> None:
+    make_olora(tmp_path / "olora")
+    make_sapt(tmp_path / "sapt")
+    task = TaskConfig(name="mnli")
+    data = DataConfig(root=str(tmp_path / "olora"), template="sapt")
+    assert "contradiction, entailment or neutral" in str(describe_task(task, data).instruction)
+    own = TaskConfig(name="mnli", instruction="Mine.")
+    assert describe_task(own, data).instruction == "Mine."
+    # SAPT's own folder says what SAPT asks.
+    data = DataConfig(root=str(tmp_path / "sapt"), template="sapt", benchmark="long")
+    assert describe_task(TaskConfig(name="agnews"), data).instruction == "Name the topic."
+
+
+def test_natural_instructions(tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "input": f"in {i}", "output": [f"out {i}"]} for i in range(103)]
+    shown = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
+    content = {"Definition": ["Do it. "], "Positive Examples": shown, "Instances": rows}
+    put(tmp_path / "tasks" / "task073_commonsense.json", content)
+    put(tmp_path / "tasks" / "README.json", {"no": "task"})
+    for root in (tmp_path, tmp_path / "tasks"):
+        assert detect(root) == "natural_instructions"
+        data = DataConfig(root=str(root), examples=1)
+        info = describe_task(TaskConfig(name="task073"), data)
+        assert (info.dataset, info.metric) == ("task073_commonsense", "rouge_l")
+        assert (info.instruction, info.examples) == ("Do it.", (("a", "b"),))
+        found = {
+            split: [row.id for row in read_examples(TaskConfig(name="task073"), data, split)]
+            for split in ("test", "dev", "train")
+        }
+        assert found["test"] == [f"r{i}" for i in range(50)]
+        assert found["dev"] == [f"r{i}" for i in range(50, 100)]
+        assert found["train"] == ["r100", "r101", "r102"]
+    empty = DataConfig(root=str(tmp_path / ".."), format="natural_instructions")
+    with pytest.raises(DataError, match="not in the layout natural_instructions"):
+        describe_task(TaskConfig(name="x"), empty)
+
+
+def test_rows_per_label(tmp_path: Path) -> None:
+    """A file sorted by label, as large sets are; reading ends where every label is full."""
+    rows = [{"input": f"t{i}", "output": "abc"[i // 10]} for i in range(30)]
+    lines = [*map(json.dumps, rows), "{broken"]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    task = TaskConfig(
+        name="t",
+        files={"train": "train.jsonl", "test": "train.jsonl"},
+        columns=ColumnsConfig(),
+        labels=["a", "b", "c"],
+        per_label={"train": 2},
+    )
+    data = DataConfig(root=str(tmp_path))
+    found = [row.input for row in read_examples(task, data, "train")]
+    assert found == ["t0", "t1", "t10", "t11", "t20", "t21"]
+    with pytest.raises(DataError, match="bad JSON"):
+        list(read_examples(task, data, "test"))
+
+
 def test_tasl(tmp_path: Path) -> None:
     make_tasl(tmp_path)
     assert detect(tmp_path) == "tasl"
@@ -162,72 +233,6 @@ def test_compact(tmp_path: Path, write_rows: WriteRows) -> None:
         describe_task(TaskConfig(name="yelp"), data)
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the cache of `datasets` inside the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_layout_folder(tmp_path: Path, write_rows: WriteRows) -> None:
-    """A local folder is opened by the same calls as a hub id."""
-    folder = tmp_path / "somebody"
-    rows = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
-    write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "test.jsonl", rows[:2])
-    task = TaskConfig(
-        name="hubby",
-        dataset=str(folder),
-        columns=ColumnsConfig(input="text", output="label"),
-        label_names=["no", "yes"],
-    )
-    data = DataConfig(format="hub")
-    assert set(describe_task(task, data).splits) == {"train", "test"}
-    found = list(read_examples(task, data, "train"))
-    assert [f.references[0] for f in found] == ["no", "yes"] * 3
-    assert found[4].where.endswith("[train]:row 5")
-    wrong = TaskConfig(name="hubby", dataset=str(folder), splits={"test": "validation"})
-    with pytest.raises(
-        DataError, match=r"no split 'validation' \(for 'test'\). There: test, train"
-    ):
-        describe_task(wrong, data)
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_names_its_own_classes(tmp_path: Path) -> None:
-    import datasets
-
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["down", "up"])}
-    )
-    made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
-    (tmp_path / "set").mkdir()
-    made.to_parquet(str(tmp_path / "set" / "train.parquet"))
-    task = TaskConfig(
-        name="h", dataset=str(tmp_path / "set"), columns=ColumnsConfig(input="text", output="label")
-    )
-    data = DataConfig(format="hub")
-    (first, _) = read_examples(task, data, "train")
-    assert first.references == ("up",)
-    assert describe_task(task, data).labels == ("down", "up")
-
-
-@pytest.mark.usefixtures("hub_cache")
-def test_hub_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    task = TaskConfig(name="h", dataset="nobody/nothing-here", config="small")
-    with pytest.raises(DataError) as caught:
-        describe_task(task, DataConfig(format="hub"))
-    said = str(caught.value)
-    assert "hub data set 'nobody/nothing-here' cannot be opened" in said
-    assert "load_dataset('nobody/nothing-here', 'small')" in said
-    assert "HF_HOME" in said
-
-
 def test_generated() -> None:
     from accrete.pipeline.data import generated
 
@@ -249,7 +254,7 @@ def test_unknown_layout_lists_what_is_recognised_and_what_was_found(tmp_path: Pa
         describe_task(TaskConfig(name="x"), DataConfig(root=str(tmp_path)))
     said = str(caught.value)
     assert "Found in it: stuff/" in said
-    for layout in ("compact", "olora", "sapt", "superni", "tasl", "trace"):
+    for layout in ("compact", "olora", "sapt", "superni", "natural_instructions", "tasl", "trace"):
         assert f"  {layout} " in said
     make_olora(tmp_path)
     make_trace(tmp_path)

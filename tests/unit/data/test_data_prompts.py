@@ -47,6 +47,11 @@ def test_sapt_and_superni() -> None:
     assert render("superni") == (
         "Definition: Which mood?\n\nNow complete the following example -\nInput: TEXT\nOutput:"
     )
+    shown = (("in", "out"),)
+    assert render("superni", examples=shown) == (
+        "Definition: Which mood?\n\nPositive Example 1 -\nInput: in\nOutput: out\n\n"
+        "Now complete the following example -\nInput: TEXT\nOutput:"
+    )
     with pytest.raises(DataError, match="no definition"):
         render("superni", instruction=None)
 

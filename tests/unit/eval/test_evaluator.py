@@ -23,6 +23,7 @@ from tiny_models import (
 )
 
 from accrete.eval.evaluator import SequenceEvaluator, require_scorable
+from accrete.eval.simplification import sari
 from accrete.eval.text import rouge_l
 from accrete.pipeline.config.run import EvalConfig
 from accrete.pipeline.data.collate import Batch
@@ -255,15 +256,53 @@ class Scripted:
         return [value]
 
 
-def scripted_score(said: str, references: tuple[str, ...], **config: Any) -> Any:
+def scripted_score(
+    said: str, references: tuple[str, ...], metric: str = "exact_match", **config: Any
+) -> Any:
     tokenizer = word_tokenizer()
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (said, references[0])]
-    rows = ListedRows([EncodedRow("x", [5, EOS], [*ids[1], EOS], 0)], [references])
+    texts = (said, references[0], "world news sports")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = ListedRows([EncodedRow("x", [*ids[2], EOS], [*ids[1], EOS], 0)], [references])
     evaluator = SequenceEvaluator(
         EvalConfig(**config), collator("t5"), tokenizer, MAX_NEW, open_rows=lambda _: rows
     )
-    (score,) = evaluator(Scripted([*ids[0], EOS]), [handle("x")])
+    (score,) = evaluator(Scripted([*ids[0], EOS]), [handle("x", metric)])
+    assert score.score == pytest.approx(100 * score.rows[0].score)
     return score.rows[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "score", "correct"),
+    [
+        ("raw_match", "yes", 1.0, True),
+        ("raw_match", "Yes", 0.0, False),
+        ("first_letter", "yes no news w1 w2", 1.0, True),
+        ("first_letter", "Yes", 0.0, False),
+        ("edit_similarity", "yes", 1.0, True),
+        ("edit_similarity", "Yes", 2 / 3, True),
+        ("sari", "yes", 1.0, True),
+    ],
+)
+def test_every_metric_is_scored_in_its_own_way(
+    metric: str, said: str, score: float, correct: bool
+) -> None:
+    for mode in ("auto", "generate"):
+        row = scripted_score(said, ("yes",), metric, mode=mode)
+        assert row.score == pytest.approx(score)
+        assert row.correct is correct
+
+
+def test_sari_reads_the_prompt() -> None:
+    """The prompt is "world news sports": saying it again keeps what should be left out."""
+    again = scripted_score("world news sports", ("world",), "sari")
+    assert again.score == pytest.approx(sari("world news sports", "world news sports", ["world"]))
+    assert again.score < scripted_score("world", ("world",), "sari").score == 1.0
+
+
+def test_one_letter_needs_few_tokens() -> None:
+    row = scripted_score("yes no news w1 w2", ("yes",), "first_letter")
+    assert row.prediction == "yes no news w1"
+    assert scripted_score("yes no news w1 w2", ("yes",), "rouge_l").prediction.endswith("w2")
 
 
 def test_the_end_token_must_be_right_too() -> None:

@@ -1,0 +1,206 @@
+"""Slurm: one job that saves, queues itself again and resumes until the sequence is finished."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from accrete.launch.cluster import attempts
+from accrete.launch.cluster.contract import FIRST_PORT, PORTS
+from accrete.launch.cluster.rendering import render_template
+from accrete.launch.cluster.request import LaunchRequest, shell_line
+from accrete.pipeline.errors import InputError, RunFolderError
+
+SCRIPT = "job.sbatch"
+PATIENCE_S = 60.0
+"""For Slurm's own commands."""
+
+
+class SlurmError(InputError):
+    """Slurm is missing, or refused the job; nothing was queued."""
+
+
+def render(request: LaunchRequest) -> dict[str, str]:
+    """The job's script, ready for `sbatch`."""
+    output = request.launch_dir / "slurm-%j.out"
+    return {SCRIPT: render_script(request, sbatch_options(request, output))}
+
+
+def start(request: LaunchRequest) -> int:
+    """Submit the job.
+
+    Raises:
+        SlurmError: There is no Slurm here, or it refuses the job.
+        RunFolderError: A job for this run is queued already.
+    """
+    require_slurm(request.launch_dir / SCRIPT)
+    require_not_queued(request)
+    require_enough_nodes(request)
+    script = request.launch_dir / SCRIPT
+    job = submit(script)
+    attempts.note_queued(request.folder, job)
+    print(f"job {job}: {request.run_dir}")
+    print(f"output: {request.launch_dir}/slurm-{job}.out; end it with `scancel {job}`")
+    return 0
+
+
+def submit(script: Path, options: Sequence[str] = ()) -> str:
+    """Queue a script; the job's number.
+
+    Raises:
+        SlurmError: There is no Slurm here, or it refuses the job.
+    """
+    done = _call(["sbatch", "--parsable", *options, str(script)])
+    if done.returncode != 0:
+        raise SlurmError(f"sbatch refused the job: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def require_slurm(script: Path) -> None:
+    """Make sure that jobs can be submitted here.
+
+    Raises:
+        SlurmError: There is no Slurm.
+    """
+    if shutil.which("sbatch") is None:
+        raise SlurmError(
+            "sbatch is not on this machine. Run the command on a login node of the cluster, or "
+            f"use --dry-run and hand {script.name} to sbatch yourself."
+        )
+
+
+def require_not_queued(request: LaunchRequest) -> None:
+    """Make sure that Slurm does not hold a job of this run.
+
+    Raises:
+        RunFolderError: It does.
+    """
+    if shutil.which("squeue") is None:
+        return
+    job = attempts.queued_job(request.folder)
+    if job is None:
+        return
+    done = _call(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
+    if done.returncode == 0 and done.stdout.strip():
+        raise RunFolderError(
+            f"{request.run_dir}: job {job} of this run is {done.stdout.split()[0].lower()} "
+            f"already. Wait for it, or end it with `scancel {job}`."
+        )
+
+
+def require_enough_nodes(request: LaunchRequest) -> None:
+    """Make sure that the partition has as many nodes as are asked for.
+
+    Slurm itself queues such a job as a rule, and it waits for ever.
+
+    Raises:
+        SlurmError: It has not.
+    """
+    wanted = request.cluster.slurm.partition
+    where = ["--partition", wanted] if wanted else []
+    done = _call(["sinfo", "--noheader", "--format", "%P %D", *where])
+    found: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        name, _, count = line.rpartition(" ")
+        if wanted or name.endswith("*"):  # the default one
+            found[name] = found.get(name, 0) + int(count)
+    if found and max(found.values()) < request.nodes:
+        largest, size = max(found.items(), key=lambda item: item[1])
+        raise SlurmError(
+            f"{request.nodes} nodes are asked for, and Slurm's partition {largest.rstrip('*')} has "
+            f"{size}. Use fewer --nodes, or another slurm.partition."
+        )
+
+
+def sbatch_options(request: LaunchRequest, output: Path) -> list[str]:
+    """What the script asks Slurm for: one option a line, as after `#SBATCH`."""
+    slurm, cluster = request.cluster.slurm, request.cluster
+    found = [
+        f"--job-name={request.job_name}",
+        f"--nodes={request.nodes}",
+        "--ntasks-per-node=1",
+    ]
+    if slurm.cpus_per_proc is not None:
+        found.append(f"--cpus-per-task={slurm.cpus_per_proc * request.procs_per_node}")
+    gpus = _gpus(request)
+    if gpus is not None:
+        found.append(f"--gpus-per-node={gpus}")
+    named = {
+        "mem": slurm.memory,
+        "time": cluster.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+    }
+    found += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    if slurm.exclusive:
+        found.append("--exclusive")
+    return [
+        *found,
+        f"--signal=B:USR1@{cluster.grace_s}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={_escape(output)}",
+        *slurm.options,
+    ]
+
+
+def _escape(path: Path) -> str:
+    """A path behind `#SBATCH`, where Slurm wants quotes around blanks."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
+def _gpus(request: LaunchRequest) -> str | None:
+    """GPUs to ask for on each node."""
+    if request.cluster.slurm.gpus is not None:
+        return request.cluster.slurm.gpus
+    device = request.recipe.config.engine.device
+    if device == "cuda" or (device == "auto" and _cluster_has_gpus()):
+        return str(request.procs_per_node)
+    return None
+
+
+def _cluster_has_gpus() -> bool:
+    """Whether Slurm knows of GPUs on any node; False without Slurm on this machine."""
+    if shutil.which("sinfo") is None:
+        return False
+    done = _call(["sinfo", "--noheader", "--format", "%G"])
+    return any(line.startswith("gpu") for line in done.stdout.split())
+
+
+def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
+    """A run's script with these `#SBATCH` options."""
+    run_dir = ("--run-dir", "$run_dir")
+    node, verdict = request.node_command(), request.verdict_command()
+    return render_template(
+        SCRIPT,
+        recipe=request.recipe.name,
+        nodes=request.nodes,
+        procs=request.procs_per_node,
+        options=options,
+        run_dir=request.run_dir,
+        script=request.launch_dir / SCRIPT,
+        python=request.python,
+        time_s=request.time_s or 0,
+        setup=request.cluster.setup,
+        port=request.cluster.network.port,
+        first_port=FIRST_PORT,
+        ports=PORTS,
+        node_command=shell_line(["$python", *node[1:3], *run_dir]),
+        verdict_command=shell_line(["$python", *verdict[1:3], *run_dir]),
+        retries=request.cluster.retries,
+    )
+
+
+def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{command[0]} has not answered within {PATIENCE_S:.0f} s; is slurmctld running?"
+        ) from None

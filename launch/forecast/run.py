@@ -1,0 +1,308 @@
+"""The forecast of a whole run, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from accrete.launch.forecast.disk import Disk, disk
+from accrete.launch.forecast.memory import STAGES, RankMemory, rank_memory
+from accrete.launch.forecast.methods import MethodCost, Situation, epoch_rows, method_cost
+from accrete.launch.forecast.rows import TaskRows
+from accrete.launch.forecast.shapes import ModelPlan
+from accrete.launch.forecast.speed import Speed, Timing
+from accrete.launch.forecast.trace import BatchShape, Trace, Tracer
+from accrete.launch.forecast.traffic import step_traffic
+from accrete.pipeline.stage import accumulation, batch_share
+from accrete.pipeline.stage_runner import planned_steps
+
+if TYPE_CHECKING:
+    from accrete.pipeline.config.run import RunConfig
+
+GRAIN = 8
+"""Lengths are rounded up to a multiple of this, so that like tasks share a trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageForecast:
+    """What one stage will need."""
+
+    task: str
+    steps: int
+    tokens: int
+    """Prompt and answer tokens of all steps, padding left out."""
+    scored_rows: int
+    step_seconds: float | None
+    train_seconds: float | None
+    method_seconds: float | None
+    """Of the method's passes at the start and the end of the stage."""
+    scoring_seconds: float | None
+    memory: list[RankMemory]
+    """At ZeRO 0 to 3; one for the plain engine."""
+    state_bytes: float
+    """Of the method on a rank, when the stage has ended; a bound where it depends on the rows."""
+    flops: float
+    """Matrix products and attention of all steps, over all ranks."""
+
+    @property
+    def seconds(self) -> float | None:
+        """All of it."""
+        parts = (self.train_seconds, self.method_seconds, self.scoring_seconds)
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunForecast:
+    """What a run will need."""
+
+    parameters: int
+    trained: int
+    layers: int
+    world: int
+    device: str
+    zero_stage: int | None
+    accumulation: int
+    speed: str
+    rough: bool
+    """Whether the seconds rest on an assumed share of a peak."""
+    stages: list[StageForecast]
+    traffic_bytes: dict[str, float]
+    """ZeRO stage -> bytes that a rank sends in a step."""
+    untrained_scoring_seconds: float | None
+    disk: Disk
+    notes: list[str]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run."""
+        parts = [self.untrained_scoring_seconds, *(stage.seconds for stage in self.stages)]
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+    @property
+    def peaks(self) -> list[RankMemory]:
+        """The stage with the highest peak, at every ZeRO stage."""
+        return [
+            max((stage.memory[place] for stage in self.stages), key=lambda m: m.peak)
+            for place in range(len(self.stages[0].memory))
+        ]
+
+    def to_json(self, price: float | None = None) -> dict[str, Any]:
+        """As `accrete plan --json` prints it; seconds and bytes."""
+        content = asdict(self)
+        for stage, raw in zip(self.stages, content["stages"], strict=True):
+            raw["seconds"] = stage.seconds
+        content["seconds"] = self.seconds
+        content["peaks"] = [asdict(peak) for peak in self.peaks]
+        content["disk"]["run_folder"] = self.disk.run_folder
+        if price is not None and self.seconds is not None:
+            content["price"] = self.seconds / 3600 * self.world * price
+        return content
+
+
+class Forecaster:
+    """Forecasts the runs of one recipe."""
+
+    def __init__(self, plan: ModelPlan, tasks: Sequence[TaskRows], world: int) -> None:
+        """Put the parts together.
+
+        Args:
+            plan: The model, with the recipe.
+            tasks: The rows, task by task.
+            world: Ranks in all.
+        """
+        self.plan = plan
+        self.tracer = Tracer(plan)
+        self.tasks = list(tasks)
+        self.world = world
+        train = plan.config.train
+        self.accumulation = accumulation(train.global_batch_size, train.micro_batch_size, world)
+        share = batch_share(train.global_batch_size, world)
+        self.rows = -(-share // self.accumulation)
+
+    @property
+    def config(self) -> RunConfig:
+        """The recipe, with the precision that its method needs."""
+        return self.plan.config
+
+    @cached_property
+    def stages(self) -> tuple[int | None, ...]:
+        """ZeRO stages that are forecast; None is the plain engine."""
+        return (None,) if self.config.engine.kind == "plain" else STAGES
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The recipe's own; None is the plain engine."""
+        return None if self.config.engine.kind == "plain" else self.config.engine.zero_stage
+
+    # -- batches ------------------------------------------------------------------------------
+
+    def typical(self, task: TaskRows) -> BatchShape:
+        """A micro-batch of mean padded lengths."""
+        return BatchShape(self.rows, _rounded(task.padded_prompt), task.padded_answer)
+
+    def largest(self, task: TaskRows) -> BatchShape:
+        """The micro-batch of the longest rows."""
+        return BatchShape(self.rows, task.longest_prompt, task.longest_answer)
+
+    def scored(self, task: TaskRows) -> BatchShape:
+        """A scoring batch of rows of mean length."""
+        length = task.padded_prompt + task.padded_answer
+        rows = max(1, min(self.config.eval.batch_tokens // length, task.scored))
+        return BatchShape(rows, _rounded(task.padded_prompt), task.padded_answer)
+
+    def probes(self) -> list[BatchShape]:
+        """Micro-batches to calibrate on: the shortest and the longest task's, if they differ."""
+        shapes = [self.typical(task) for task in self.tasks]
+        shapes.sort(key=lambda shape: (shape.prompt + shape.answer, shape.answer))
+        first, last = shapes[0], shapes[-1]
+        near = 1.3 * (first.prompt + first.answer) >= last.prompt + last.answer
+        return [last] if near else [first, last]
+
+    # -- the parts ----------------------------------------------------------------------------
+
+    def cost(self, index: int) -> MethodCost:
+        """The method's, at a stage."""
+        task = self.tasks[index]
+        return method_cost(
+            Situation(
+                plan=self.plan,
+                tracer=self.tracer,
+                world=self.world,
+                index=index,
+                rows=task.train,
+                batch=self.largest(task),
+                classes=sum(seen.classes for seen in self.tasks[: index + 1]),
+            )
+        )
+
+    def memory(self, index: int, cost: MethodCost) -> list[RankMemory]:
+        """Of a stage, at every ZeRO stage."""
+        trace = self.tracer.trace(self.largest(self.tasks[index]))
+        seen = self.tasks[: index + 1 + self.config.eval.forward_transfer]
+        scoring = max(self.tracer.scoring(self.scored(task)) for task in seen)
+        trace = replace(trace, scoring=scoring)
+        return [
+            rank_memory(
+                self.plan, stage, self.world, self.accumulation, trace, cost, self.plan.device
+            )
+            for stage in self.stages
+        ]
+
+    def wire(self, stage: int | None) -> float:
+        """Bytes that a rank sends in a step."""
+        return step_traffic(self.plan, stage, self.world, self.accumulation).wire(self.world)
+
+    def forecast(self, speed: Speed | None) -> RunForecast:
+        """The whole run.
+
+        Args:
+            speed: Turns arithmetic into seconds; None: no seconds.
+        """
+        costs = [self.cost(index) for index in range(len(self.tasks))]
+        stages = [self._stage(index, cost, speed) for index, cost in enumerate(costs)]
+        transfer = self.config.eval.forward_transfer
+        ahead = self.tasks[1:] if transfer else []
+        scored = sum(stage.scored_rows for stage in stages) + sum(task.scored for task in ahead)
+        return RunForecast(
+            parameters=self.plan.base_parameters,
+            trained=sum(self.plan.trained),
+            layers=len(self.plan.layers),
+            world=self.world,
+            device=self.plan.device,
+            zero_stage=self.zero_stage,
+            accumulation=self.accumulation,
+            speed="" if speed is None else speed.basis,
+            rough=speed is None or speed.rough,
+            stages=stages,
+            traffic_bytes={
+                "plain" if stage is None else str(stage): self.wire(stage) for stage in self.stages
+            },
+            untrained_scoring_seconds=(
+                None if speed is None else sum(self._score_seconds(task, speed) for task in ahead)
+            ),
+            disk=disk(self.plan, costs, scored, sum(task.stored for task in self.tasks)),
+            notes=self._notes(costs),
+        )
+
+    def _stage(self, index: int, cost: MethodCost, speed: Speed | None) -> StageForecast:
+        task, config = self.tasks[index], self.config
+        batch = config.train.global_batch_size
+        counts = [other.train for other in self.tasks]
+        epoch = epoch_rows(config.method.kind, config.method, counts, index, batch)
+        per_epoch = -(-epoch // batch)
+        steps = planned_steps(config, index, per_epoch)
+        full, rest = divmod(steps, per_epoch)
+        rows = full * epoch + min(rest * batch, epoch)
+        seen = self.tasks[: index + 1 + config.eval.forward_transfer]
+        trace = self.tracer.trace(self.typical(task))
+        flops = (trace.forward_flops * (1 + cost.step_forwards) + trace.backward_flops) * (
+            self.accumulation
+        ) + cost.step_flops
+        step = train = passes = scoring = None
+        if speed is not None:
+            timing = speed.timing(trace, self.wire(self.zero_stage))
+            step = self._step_seconds(timing, trace, cost)
+            train = steps * step
+            passes = self._pass_seconds(task, timing, cost, speed)
+            scoring = sum(self._score_seconds(other, speed) for other in seen)
+        return StageForecast(
+            task=task.name,
+            steps=steps,
+            tokens=round(rows * (task.prompt + task.answer)),
+            scored_rows=sum(other.scored for other in seen),
+            step_seconds=step,
+            train_seconds=train,
+            method_seconds=passes,
+            scoring_seconds=scoring,
+            memory=self.memory(index, cost),
+            state_bytes=cost.after_bytes,
+            flops=flops * steps * self.world,
+        )
+
+    def _step_seconds(self, timing: Timing, trace: Trace, cost: MethodCost) -> float:
+        rate = (trace.forward_flops + trace.backward_flops) / timing.micro
+        extra = self.accumulation * cost.step_forwards * timing.forward + cost.step_flops / rate
+        return timing.step(self.accumulation) + extra
+
+    def _pass_seconds(
+        self, task: TaskRows, timing: Timing, cost: MethodCost, speed: Speed
+    ) -> float:
+        share = self.rows * self.world
+        seconds = cost.forward_rows / share * timing.forward
+        if cost.one_by_one and cost.gradient_rows:
+            single = replace(self.typical(task), rows=1)
+            each = speed.timing(self.tracer.trace(single), 0.0).micro
+            return seconds + cost.gradient_rows / self.world * each
+        return seconds + cost.gradient_rows / share * timing.micro
+
+    def _score_seconds(self, task: TaskRows, speed: Speed) -> float:
+        """Of all rows of a task; free generation: at least a forward over prompt and answer."""
+        timing = speed.timing(self.tracer.trace(self.typical(task)), 0.0)
+        return task.scored / (self.rows * self.world) * timing.forward
+
+    def _notes(self, costs: Sequence[MethodCost]) -> list[str]:
+        notes = []
+        if any(not cost.known for cost in costs):
+            notes.append(
+                f"method {self.config.method.kind} is not accrete's own: its state, passes and "
+                "further arithmetic are left out"
+            )
+        decoded = [task.name for task in self.tasks if task.decoded]
+        if decoded:
+            notes.append(
+                f"{', '.join(decoded)}: scored by free generation, which takes longer than the "
+                "one forward that is counted"
+            )
+        if any(task.assumed for task in self.tasks):
+            notes.append("rows were not read: their numbers and lengths are assumed")
+        if self.plan.device == "cuda":
+            notes.append("the GPU's own context (0.3 to 0.8 GiB) comes on top of the memory")
+        return notes
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // GRAIN) * GRAIN

@@ -1,0 +1,42 @@
+"""The recipe key `hub`: where the tasks of a benchmark lie on the Hugging Face hub.
+
+A benchmark knows its tasks by name. With `data.format: hub` each task takes the fields that stand
+under its name in `hub`, below its own; otherwise `hub` counts for nothing. Either way it is used up
+here, so that a resolved recipe has every task in full.
+"""
+
+from __future__ import annotations
+
+from accrete.pipeline.config.problems import ProblemList, show_value
+from accrete.pipeline.config.tree import Node, merge
+
+
+def take_hub_tasks(tree: Node, problems: ProblemList) -> None:
+    """Remove `hub` from the tree, and fill in the tasks if rows come from the hub, in place."""
+    hub = tree.mapping.pop("hub", None)
+    chosen = tree.get("data", "format")
+    if hub is None:
+        return
+    if not isinstance(hub.value, dict):
+        problems.add(
+            hub.origin.where,
+            "hub",
+            f"given: {show_value(hub.plain())}; allowed: a mapping of task names to their fields",
+        )
+        return
+    if chosen is None or chosen.value != "hub":
+        return
+    tasks = tree.get("tasks")
+    for index, task in enumerate(tasks.items if tasks is not None else []):
+        name = task.get("name")
+        entry = None if name is None else hub.mapping.get(str(name.value))
+        if entry is not None:
+            task.value = merge(entry, task).value
+        elif not {"dataset", "files"} & set(task.mapping):
+            problems.add(
+                task.origin.where,
+                f"tasks.{index}",
+                f"no hub data set is known for `{'' if name is None else name.value}`; known: "
+                f"{', '.join(sorted(hub.mapping))}",
+                "give the task a `dataset` (a hub id) with its `columns`, or its own `files`",
+            )

@@ -1,0 +1,90 @@
+"""Cluster files: names, defaults, options that win, and every mistake with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from accrete.launch.cluster.request import engine_overrides, make_request
+from accrete.launch.cluster.settings import ClusterConfig, load_cluster, time_in_seconds
+from accrete.pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("30:05", 1805),
+        ("12:00:00", 43200),
+        ("2-0", 172800),
+        ("1-12:30", 131400),
+        ("0-00:01:30", 90),
+    ],
+)
+def test_times_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert time_in_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "12h", "1:2:3:4", "-1", "1-", "12:0"])
+def test_other_times(text: str) -> None:
+    with pytest.raises(ValueError):
+        time_in_seconds(text)
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("nodes: 4\nprocs_per_node: 8\ntime: 12:00:00\nslurm: {partition: long}\n")
+    config = load_cluster(str(file), nodes=2)
+    assert (config.nodes, config.procs_per_node, config.time) == (2, 8, "12:00:00")
+    assert config.slurm.partition == "long"
+
+
+def test_all_mistakes_of_a_file_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("nodes: 0\nslurm:\n  partitions: long\ngrace_s: soon\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(file)
+    text = str(caught.value)
+    assert text.startswith(f"cluster {file}: 3 problems")
+    assert "mine.yaml:1: nodes\n      given: 0 (an integer); allowed: an integer >= 1" in text
+    assert "mine.yaml:3: slurm.partitions" in text
+    assert "did you mean `partition`?" in text
+    assert "mine.yaml:4: grace_s" in text
+
+
+def test_a_limit_that_leaves_no_time_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="told to save before it has begun"):
+        load_cluster(None, time="5")
+    file = tmp_path / "mine.yaml"
+    file.write_text("nodes: 2\n\ntime: '2'\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:3: time"):
+        load_cluster(file)
+    with pytest.raises(ConfigError, match="option --time"):
+        load_cluster(file, time="soon")
+
+
+def test_an_unknown_cluster_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean `two_nodes_8`") as caught:
+        load_cluster("two_node_8")
+    assert "one_gpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "one_node_8", "two_nodes_8", "cpu"])
+def test_shipped_clusters(name: str) -> None:
+    config = load_cluster(name)
+    assert config.description
+    assert config.device == ("cpu" if name == "cpu" else "cuda")
+
+
+def test_what_the_cluster_says_of_the_engine_gives_way_to_the_user(tmp_path: Path) -> None:
+    cluster = ClusterConfig(nodes=2, procs_per_node=4, device="cuda")
+    assert engine_overrides(cluster) == ["engine.procs=4", "engine.device=cuda"]
+    request = make_request("quickstart", ["engine.device=cpu"], tmp_path, cluster)
+    engine = request.recipe.config.engine
+    assert (engine.procs, engine.device, request.world) == (4, "cpu", 8)
+
+
+def test_one_process_cannot_be_many(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kind plain is one process"):
+        make_request("quickstart", ["engine.kind=plain"], tmp_path, ClusterConfig(nodes=2))

@@ -1,0 +1,161 @@
+"""What a node gets from its launcher, and what it gives to its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accrete.launch.cluster import node
+from accrete.launch.cluster.contract import (
+    Place,
+    choose_port,
+    node_environment,
+    read_place,
+    torchrun_options,
+)
+from accrete.launch.cluster.join import join_launch
+from accrete.launch.cluster.network import find_interface, interface_addresses
+from accrete.launch.cluster.request import make_request, write_files
+from accrete.launch.cluster.settings import ClusterConfig, NetworkConfig, StorageConfig
+from accrete.pipeline.errors import ConfigError, DistributedError, RunFolderError
+from accrete.pipeline.run_dir import RunDir
+
+PLACE = Place(nodes=2, node_rank=1, procs_per_node=4, master_addr="node1", master_port=20001)
+
+
+def test_a_place_survives_the_environment() -> None:
+    assert read_place(PLACE.to_environment()) == PLACE
+    assert PLACE.world == 8
+    assert not PLACE.is_first
+
+
+def test_a_place_that_is_not_said() -> None:
+    variables = PLACE.to_environment()
+    del variables["MASTER_ADDR"]
+    with pytest.raises(ConfigError, match="lacks MASTER_ADDR"):
+        read_place(variables)
+    with pytest.raises(ConfigError, match="NODE_RANK is 2 of NNODES=2; allowed: 0 to 1"):
+        read_place({**PLACE.to_environment(), "NODE_RANK": "2"})
+    with pytest.raises(ConfigError, match="MASTER_PORT is 'x'"):
+        read_place({**PLACE.to_environment(), "MASTER_PORT": "x"})
+
+
+def test_every_node_gets_the_same_switches_and_caches_of_its_own(tmp_path: Path) -> None:
+    cluster = ClusterConfig(
+        device="cpu",
+        env={"NCCL_IB_HCA": "mlx5", "OMP_NUM_THREADS": "3"},
+        storage=StorageConfig(local=str(tmp_path), cache="/shared/cache", hf_home="/shared/hf"),
+    )
+    found = node_environment(PLACE, cluster, "ib0", {"HOME": "/root", "OMP_NUM_THREADS": "1"})
+    assert found["GLOO_SOCKET_IFNAME"] == found["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert found["ACCRETE_WORLD_SIZE"] == "8"
+    assert found["HF_HUB_OFFLINE"] == found["TRANSFORMERS_OFFLINE"] == "1"
+    assert found["DS_ACCELERATOR"] == "cpu"
+    assert (found["ACCRETE_CACHE"], found["HF_HOME"]) == ("/shared/cache", "/shared/hf")
+    # The cluster's own variables win over the launcher's, and those over ours.
+    assert (found["OMP_NUM_THREADS"], found["NCCL_IB_HCA"]) == ("3", "mlx5")
+    for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_DATASETS_CACHE", "TMPDIR"):
+        assert Path(found[name]).is_relative_to(tmp_path)
+
+
+def test_torchrun_knows_every_option() -> None:
+    """The options are real: torchrun's own parser takes them."""
+    from torch.distributed.run import get_args_parser
+
+    words = torchrun_options(PLACE, 50)
+    parsed, unknown = get_args_parser().parse_known_args([*words, "-m", "some.module"])
+    assert unknown == []
+    assert parsed.rdzv_backend == "static"
+    assert (parsed.nnodes, parsed.node_rank, parsed.nproc_per_node) == ("2", 1, "4")
+    assert parsed.max_restarts == 0
+    assert "SIGUSR1" in parsed.signals_to_handle.split(",")
+    assert parsed.shutdown_timeout == 50
+
+
+def test_ports_stay_below_those_of_outgoing_connections() -> None:
+    assert choose_port(7) != choose_port(8)
+    assert all(20000 <= choose_port(number) < 32768 for number in (0, 11999, 12000, 10**9))
+
+
+def test_the_interface_is_one_of_this_machine() -> None:
+    found = find_interface("10.255.255.254")
+    assert found is None or found in interface_addresses()
+    assert find_interface("localhost") != "lo"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> RunDir:
+    """A run folder as `accrete launch` leaves it, without a run in it."""
+    cluster = ClusterConfig(
+        nodes=2,
+        device="cpu",
+        grace_s=60,
+        network=NetworkConfig(interface="eth9"),
+        storage=StorageConfig(local=str(tmp_path / "local")),
+    )
+    request = make_request("quickstart", ["log.every_steps=3"], tmp_path / "run", cluster)
+    write_files(request, {})
+    return request.folder
+
+
+def test_a_node_becomes_torchrun(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(nodes=2, node_rank=0, procs_per_node=1, master_addr="node1", master_port=20001)
+    for name, value in {**place.to_environment(), "ACCRETE_ATTEMPT": "slurm-7.0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(node, "_open_folder", lambda *arguments: None)
+    command, environment = node.get_ready(prepared.path, None, ["checkpoint.keep=1"])
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--shutdown-timeout=50" in command
+    worker = ["--run-dir", str(prepared.path), "engine.procs=1", "engine.device=cpu"]
+    assert command[command.index("--run-dir") :] == [
+        *worker,
+        "log.every_steps=3",
+        "checkpoint.keep=1",
+    ]
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth9"
+    assert prepared.owner.read_text().strip() == environment["ACCRETE_TOKEN"]
+    assert environment["ACCRETE_TOKEN"].startswith("slurm-7.0-")
+
+
+def test_a_worker_that_is_alone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch --cpu` on two nodes ends well, as two runs of one process each."""
+    folder = RunDir(tmp_path)
+    folder.recipe.touch()
+    folder.run.touch()
+    monkeypatch.setenv("ACCRETE_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(DistributedError, match="sees 1 ranks, and the launch has 2"):
+        join_launch(folder, 0)
+    monkeypatch.delenv("ACCRETE_WORLD_SIZE")
+    assert join_launch(folder, 0) is None
+
+
+def test_the_first_node_that_never_comes(prepared: RunDir) -> None:
+    with pytest.raises(RunFolderError, match="not on a file system that all nodes share"):
+        node._await_first_node(prepared, 0.0)
+
+
+def test_a_node_that_cannot_start_leaves_word(prepared: RunDir, tmp_path: Path) -> None:
+    """The folder of the model is gone: the attempt fails for a reason of its own, and says it."""
+    from accrete.launch.cluster.verdict import Outcome, judge
+
+    place = Place(nodes=1, node_rank=0, procs_per_node=1, master_addr="localhost", master_port=2001)
+    (prepared.launch / "recipe.yaml").write_text("extends: quickstart\nmodel: {path: /nowhere}\n")
+    variables = {**os.environ, **place.to_environment(), "ACCRETE_ATTEMPT": "by-hand"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accrete.launch.cluster.node", "--run-dir", str(prepared.path)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    verdict = judge(prepared, "by-hand", retries=2)
+    assert verdict.outcome is Outcome.FAILED
+    assert "rank 0 failed" in verdict.reason
