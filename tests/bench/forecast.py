@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--shapes", nargs="+", choices=tuple(SHAPES))
     add("--zero", nargs="+", type=int, choices=(0, 1, 2, 3))
-    add("--methods", nargs="+", help="default: sequential, and full at ZeRO 2 and 3 on a CPU")
+    add("--methods", nargs="+", default=["sequential"])
     add("--procs", type=int, help="default: 2 on a CPU, 1 on a GPU")
     add("--micro", type=int, help="rows of a micro-batch; default: one micro-batch a step")
     add("--targets", default="qv", choices=("qv", "all_linear"))
@@ -68,7 +69,7 @@ def cases(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for zero in chosen.zero:
         for shape in chosen.shapes:
-            for method in chosen.methods or ("sequential",):
+            for method in chosen.methods:
                 case = {
                     "shape": shape,
                     "method": method,
@@ -134,11 +135,10 @@ def forecast(case: dict[str, Any], chosen: argparse.Namespace, points: Any) -> d
     }
 
 
-def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All cases; on a CPU each in processes of its own, whose memory is then its own."""
     wanted = cases(chosen)
     groups = [wanted] if chosen.device == "cuda" else [[case] for case in wanted]
-    rows = []
     for group in groups:
         spec = {
             "method": "forecast",
@@ -147,6 +147,7 @@ def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
             "device": chosen.device,
             "cases": group,
         }
+        measured = 0
         try:
             with Team(spec, chosen.timeout, "forecast_worker.py") as team:
                 for case in group:
@@ -155,12 +156,12 @@ def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
                     row = {"case": case, "measured": real}
                     if "error" not in real:
                         row["forecast"] = forecast(case, chosen, points)
-                    rows.append(row)
-                    print(line(row, chosen), flush=True)
+                    measured += 1
+                    yield row
         except TeamError as error:
-            print(f"{[case['shape'] for case in group]}: {error}", flush=True)
-            rows += [{"case": case, "measured": {"error": str(error)[-300:]}} for case in group]
-    return rows
+            print(error, flush=True)
+            for case in group[measured:]:
+                yield {"case": case, "measured": {"error": "failed"}}
 
 
 HEADING = (
@@ -203,11 +204,8 @@ def utilisation(flops_per_second: float) -> str:
     return rate if gpu is None else f"{rate}, {100 * flops_per_second / gpu.bf16:.1f} %"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    chosen = options(arguments)
-    print(HEADING + ("MFU" if chosen.device == "cuda" else "resident GiB"), flush=True)
-    rows = measure(chosen)
-    chosen.out.mkdir(parents=True, exist_ok=True)
+def save(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write what is measured so far."""
     result = {
         "machine": machine(chosen),
         "device": chosen.device,
@@ -217,13 +215,25 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": rows,
     }
     (chosen.out / "forecast.json").write_text(json.dumps(result, indent=1))
-    heading = HEADING + ("MFU" if chosen.device == "cuda" else "resident GiB")
-    rule = "|".join("---" for _ in heading.split("|"))
-    table = "\n".join([heading, rule, *(line(row, chosen) for row in rows)])
-    table = "\n".join(
-        f"| {text} |" if i != 1 else f"|{text}|" for i, text in enumerate(table.splitlines())
-    )
-    (chosen.out / "forecast.md").write_text(table + "\n")
+    rule = "|".join("---" for _ in heading(chosen).split("|"))
+    lines = [f"| {heading(chosen)} |", f"|{rule}|", *(f"| {line(row, chosen)} |" for row in rows)]
+    (chosen.out / "forecast.md").write_text("\n".join(lines) + "\n")
+
+
+def heading(chosen: argparse.Namespace) -> str:
+    return HEADING + ("MFU" if chosen.device == "cuda" else "resident GiB")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure everything; 1 if a case failed."""
+    chosen = options(arguments)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    print(heading(chosen), flush=True)
+    rows: list[dict[str, Any]] = []
+    for row in measure(chosen):
+        rows.append(row)
+        print(line(row, chosen), flush=True)
+        save(chosen, rows)
     print(f"\n{chosen.out / 'forecast.md'}")
     return 0 if all("forecast" in row for row in rows) else 1
 

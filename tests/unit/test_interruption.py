@@ -27,6 +27,15 @@ STEPS = 4
 """Steps of a task: 32 rows in batches of 8."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads on two busy cores wait for each other at every tiny operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def stop():
     """A stop signal that listens; what listened before does so again afterwards."""
