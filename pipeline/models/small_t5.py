@@ -6,9 +6,10 @@ vectors from their co-occurrence (`word_vectors`), then a multi-task training wi
 steps. All of it took 160 s of one core of an AMD EPYC and 1.9 GB, once.
 
 It learns real tasks only in part, and by LoRA hardly at all (docs/results.md): a model of this size
-that starts from so few rows stays far below a pretrained one. It shows that code works and lets runs be compared with each other; it
-carries no ranking of methods, and its scores are not worth quoting. It has
-already seen the training rows of tasks that come from the long or the SuperNI collection.
+that starts from so few rows stays far below a pretrained one. It shows that code works and lets
+runs be compared with each other; it carries no ranking of methods, and its scores are not worth
+quoting. It has already seen the training rows of tasks that come from the long or the SuperNI
+collection.
 """
 
 from __future__ import annotations
