@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparison import STEPS, assert_same_run, groups
 from method_settings import FOUR, PLAIN_RELATIVE, QUIET, SETTINGS, TOLERANCE
 from plan_base import CUT, MODELS, STAGES
 from plan_methods import FROZEN, FROZEN_STAGES, WHOLE_WEIGHTS, resumed_model, shards
@@ -11,37 +12,6 @@ from plan_methods import FROZEN, FROZEN_STAGES, WHOLE_WEIGHTS, resumed_model, sh
 from accrete.pipeline.methods.registry import method_class
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
-
-STEPS = 3
-
-
-def groups(result):
-    """A stage's factors as one vector for A and one for B, or its weights; the method's state.
-
-    A basis is compared as the projector on its span: near-equal directions may turn.
-    """
-    found = {}
-    for name, value in sorted(result.items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        kind = (name[0], name[-1])
-        if name.startswith("state/"):
-            kind = name.split("/")[1]
-            if kind == "basis":
-                value = value @ value.T
-        found.setdefault(kind, []).append(value.double().flatten())
-    return {kind: torch.cat(values) for kind, values in found.items()}
-
-
-def assert_same_run(got, expected, tolerance=1e-5):
-    assert len(got["losses"]) == len(expected["losses"]) >= 2 * STEPS
-    for a, b in zip(got["losses"], expected["losses"], strict=True):
-        assert a == pytest.approx(b, rel=tolerance)
-    a, b = groups(got), groups(expected)
-    assert a.keys() == b.keys()
-    for kind, value in b.items():
-        worst = float((a[kind] - value).norm() / value.norm().clamp(min=1e-12))
-        assert worst <= tolerance, (kind, worst)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
+from comparison import assert_same_run, groups
 from harness import Case, Launch
 from method_settings import SETTINGS
 from plan_base import BATCH, METHODS, MODELS
@@ -89,32 +90,6 @@ def launches(tmp_path_factory):
         return dict(zip(wanted, pool.map(launch, wanted), strict=True))
 
 
-def vectors(result):
-    """All A of a stage as one vector, all B or weights, the method's state by kind."""
-    found = {}
-    for name, value in sorted(result.items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        kind = (name[0], name[-1])
-        if name.startswith("state/"):
-            kind = name.split("/")[1]
-            if kind == "basis":
-                value = value @ value.T
-        found.setdefault(kind, []).append(value.double().flatten())
-    return {kind: torch.cat(values) for kind, values in found.items()}
-
-
-def assert_same_run(got, expected, tolerance):
-    assert len(got["losses"]) == len(expected["losses"]) > 4
-    for a, b in zip(got["losses"], expected["losses"], strict=True):
-        assert a == pytest.approx(b, rel=tolerance)
-    a, b = vectors(got), vectors(expected)
-    assert a.keys() == b.keys()
-    for kind, value in b.items():
-        worst = float((a[kind] - value).norm() / value.norm().clamp(min=1e-12))
-        assert worst <= tolerance, (kind, worst)
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", list(EVERY))
 def test_a_gpu_learns_what_a_cpu_learns(launches, kind, model):
@@ -141,7 +116,7 @@ def test_a_bf16_base_with_fp32_factors(launches, case):
     assert got["dtypes"] == ["torch.float32"]
     for a, b in zip(got["losses"], full["losses"], strict=True):
         assert a == pytest.approx(b, rel=3e-2)
-    factors = vectors(got)["2", "B"].float()
+    factors = groups(got)["2", "B"].float()
     assert not torch.equal(factors, factors.bfloat16().float())
 
 
