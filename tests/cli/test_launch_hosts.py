@@ -97,6 +97,8 @@ class Stage:
             stderr=subprocess.STDOUT,
             text=True,
             process_group=0,
+            # As in a terminal: a suite in the background ignores it, and bash cannot trap that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def node(self) -> subprocess.Popen[bytes]:
