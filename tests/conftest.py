@@ -5,12 +5,17 @@ The folders of `TOGETHER` go to a worker each, every other file by itself, the l
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
+
+# DeepSpeed wraps a function of an optimizer that nothing here uses in torch.compile, and loads the
+# whole compiler for it: 1.5 seconds in every process that makes an engine.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 TOGETHER = ("distributed", "runs", "gpu")
 """Folders whose tests share launches and models of a whole session."""

@@ -145,15 +145,21 @@ def _library_switches(
 
 
 def node_local_folders(cluster: ClusterConfig, base: Mapping[str, str]) -> dict[str, str]:
-    """Caches that several nodes must not share: their locks do not hold across machines."""
+    """Caches that several nodes must not share: their locks do not hold across machines.
+
+    Nodes that do not ask the hub keep the common cache of `datasets`, where `accrete fetch` has put
+    the rows: nothing is written there.
+    """
     root = Path(cluster.storage.local or base.get("TMPDIR") or "/tmp") / f"accrete-{_user()}"
-    return {
-        "TRITON_CACHE_DIR": str(root / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
-        "TORCH_EXTENSIONS_DIR": str(root / "torch_extensions"),
-        "HF_DATASETS_CACHE": str(root / "datasets"),
-        "TMPDIR": str(root / "tmp"),
+    folders = {
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TORCH_EXTENSIONS_DIR": "torch_extensions",
+        "TMPDIR": "tmp",
     }
+    if not cluster.storage.offline:
+        folders["HF_DATASETS_CACHE"] = "datasets"
+    return {name: str(root / folder) for name, folder in folders.items()}
 
 
 def _user() -> str:

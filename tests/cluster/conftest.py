@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from toy_sequence import write_rows, write_tokenizer
 from virtual import VirtualCluster, virtual_cluster, why_not
-
-WORDS = [f"w{i}" for i in range(30)]
-LABELS = {"one": ("red", "blue"), "two": ("blue", "red"), "three": ("up", "down")}
 
 SLOW = '''
 """EWC-LoRA that waits before every step of a launch, so that a fast machine takes its time too."""
@@ -56,20 +53,12 @@ def vcluster(tmp_path_factory) -> VirtualCluster:
 def write_model(folder: Path) -> None:
     """A T5 of two layers with random weights, and whole words as tokens."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    words = sorted({*WORDS, *(w for pair in LABELS.values() for w in pair)})
-    words += ["Option", "Answer", ":", ",", "Say", "which", "task", *LABELS]
-    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    size = write_tokenizer(folder)
     torch.manual_seed(1)
     config = T5Config(
-        vocab_size=len(vocab),
+        vocab_size=size,
         d_model=32,
         d_kv=8,
         d_ff=64,
@@ -79,30 +68,6 @@ def write_model(folder: Path) -> None:
         dropout_rate=0.1,
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
-
-
-def write_rows(folder: Path) -> list[dict[str, object]]:
-    """Three tasks of 40 rows whose labels collide, as a recipe lists them."""
-    pick = random.Random(0)
-    tasks = []
-    for name, labels in LABELS.items():
-        for split, count in (("train", 40), ("test", 12)):
-            rows = []
-            for number in range(count):
-                words = [pick.choice(WORDS) for _ in range(pick.randrange(3, 9))]
-                label = labels[int(words[0][1:]) % 2]
-                rows.append({"id": f"{split}-{number}", "input": " ".join(words), "output": label})
-            path = folder / f"{name}-{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks.append(
-            {
-                "name": name,
-                "files": {s: str(folder / f"{name}-{s}.jsonl") for s in ("train", "test")},
-                "instruction": f"Say which task {name}",
-                "labels": list(labels),
-            }
-        )
-    return tasks
 
 
 @pytest.fixture(scope="session")

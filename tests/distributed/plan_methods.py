@@ -10,13 +10,19 @@ from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
 
 
 def shards(kind: str, world: int) -> list[tuple[str, int | None]]:
-    """The (model, ZeRO stage) that a kind runs with: all for a method, two for its variants."""
+    """The (model, ZeRO stage) that a kind runs with: all for a method, two for its variants,
+    one or the other on four processes.
+
+    `sequential` has all of them in `plan.equivalence`.
+    """
     if world == 1:
         return [(model, None) for model in MODELS]
-    if world == 2 and kind in METHOD_KINDS:
+    if world == 2 and kind in METHOD_KINDS and kind != "sequential":
         return [(model, zero) for model in MODELS for zero in STAGES]
     if world == 2 and kind in PARTITIONED:
         return [("llama", 2), ("t5", 3)]
+    if world == 4:
+        return [("t5", 2) if FOUR.index(kind) % 2 else ("llama", 3)]
     return [("t5", 2), ("llama", 3)]
 
 
@@ -59,12 +65,12 @@ FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
 
 
 def method_traffics() -> list[Case]:
-    """What a method sends in a step, beside `traffics`."""
+    """What a method sends in a step, beside `traffics`; what each rank holds of a frozen A."""
     return [
         Case(
             f"traffic-{kind}-zero{zero}",
             "traffic",
-            {"model": "t5_short", "zero": zero, "micro": 2, **SETTINGS[kind]},
+            {"model": "t5_short", "zero": zero, "micro": 2, "rows": 16, **SETTINGS[kind]},
         )
         for kind in (*QUIET, "lora_subtraction_triplet", *WHOLE_WEIGHTS)
         for zero in STAGES
@@ -82,23 +88,6 @@ def in_pieces(kind: str, model: str, zero: int | None) -> dict[str, int]:
     """The setting that has DeepSpeed partition every parameter, where it is wanted."""
     wanted = zero == 3 and model == "t5" and kind in PARTITIONED
     return {"whole_below": 0} if wanted else {}
-
-
-FROZEN_STAGES = (2, 3)
-
-
-def frozens() -> list[Case]:
-    """What each rank holds of a frozen A, before and after training."""
-    return [
-        Case(
-            f"frozen-{kind}-{model}-zero{zero}",
-            "frozen",
-            {"model": model, "zero": zero, "micro": 4, **SETTINGS[kind]},
-        )
-        for kind in FROZEN
-        for model in MODELS
-        for zero in FROZEN_STAGES
-    ]
 
 
 def resumed_model(kind: str) -> str:

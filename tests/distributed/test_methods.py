@@ -7,7 +7,7 @@ import torch
 from comparison import STEPS, assert_same_run, groups
 from method_settings import FOUR, PLAIN_RELATIVE, QUIET, SETTINGS, TOLERANCE
 from plan_base import CUT, MODELS, STAGES
-from plan_methods import FROZEN, FROZEN_STAGES, WHOLE_WEIGHTS, resumed_model, shards
+from plan_methods import FROZEN, WHOLE_WEIGHTS, resumed_model, shards
 
 from accrete.pipeline.methods.registry import method_class
 
@@ -61,13 +61,14 @@ def test_it_is_not_a_no_op(launches, kind, model):
     assert float((got[last] - free[last]).norm() / free[last].norm()) > 1e-3
 
 
-@pytest.mark.parametrize("zero", FROZEN_STAGES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.parametrize("kind", FROZEN)
-def test_frozen_factors_are_the_same_bits_everywhere(launches, kind, model, zero):
-    first, second = launches(2).result(f"frozen-{kind}-{model}-zero{zero}")
+def test_frozen_factors_are_the_same_bits_everywhere(launches, kind, zero):
+    first, second = launches(2).result(f"traffic-{kind}-zero{zero}")
     assert first.keys() == second.keys()
-    for name, value in first.items():
+    factors = {name: value for name, value in first.items() if isinstance(value, torch.Tensor)}
+    assert {name.partition("/")[0] for name in factors} == {"written", "trained"}
+    for name, value in factors.items():
         assert torch.equal(value, second[name]), name
         written = first[name.replace("trained/", "written/")]
         assert torch.equal(value, written), name
@@ -103,10 +104,11 @@ def test_ewc_and_gpm_add_no_traffic_to_full_fine_tuning(launches, zero):
 @pytest.mark.parametrize("zero", STAGES)
 def test_triplet_loss_gathers_once_a_micro_batch(launches, zero):
     """Control of the above: the counter sees a method's own collectives."""
-    got = launches(2).result(f"traffic-lora_subtraction_triplet-zero{zero}")[0]["counts"]
+    result = launches(2).result(f"traffic-lora_subtraction_triplet-zero{zero}")[0]
+    got, micro_batches = result["counts"], result["steps"] * 2
     plain = launches(2).result(f"traffic-lora_subtraction-zero{zero}")[0]["counts"]
     added = {k: got[k] - plain.get(k, 0) for k in got if got[k] != plain.get(k, 0)}
-    assert added.pop("allgather calls") == STEPS * 2
+    assert added.pop("allgather calls") == micro_batches
     # Each call names what is sent and room for it from both ranks: [2, 32] floats a rank.
-    assert added.pop("allgather bytes") == STEPS * 2 * 3 * (2 * 32 * 4)
+    assert added.pop("allgather bytes") == micro_batches * 3 * (2 * 32 * 4)
     assert not added

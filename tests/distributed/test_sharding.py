@@ -233,7 +233,7 @@ def test_reset_in_place_is_a_fresh_engine(launches, zero):
 def test_resumed_equals_uninterrupted(launches, world, name):
     old, new = name.split("-")[1], name.split("-")[3]
     got = launches(world).result(name)[0]
-    whole = launches(2).result(f"whole-zero{old}")[0]
+    whole = launches(2).result(f"ewc_lora-llama-zero{old}-acc1")[0]
     steps = len(whole["losses"]) // 2
     assert len(got["losses"]) == steps - CUT
     expected = {**whole, "losses": whole["losses"][steps + CUT :]}

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-WORDS = [f"w{i}" for i in range(30)]
-LABELS = {"one": ("red", "blue"), "two": ("blue", "red"), "three": ("up", "down")}
-
-
-def write_tokenizer(folder: Path) -> int:
-    """Whole words as tokens; returns the size of the vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({*WORDS, *(w for pair in LABELS.values() for w in pair)})
-    words += ["Option", "Answer", ":", ",", "Say", "which", "task", *LABELS]
-    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "<s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        bos_token="<s>",
-    ).save_pretrained(folder)
-    return len(vocab)
+from toy_sequence import write_rows, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -63,31 +40,12 @@ def llama(tmp_path_factory) -> Path:
 def recipe(tmp_path_factory, llama) -> Path:
     """Three tasks of 40 rows whose labels collide."""
     folder = tmp_path_factory.mktemp("rows")
-    pick = random.Random(0)
-    tasks = []
-    for name, labels in LABELS.items():
-        for split, count in (("train", 40), ("test", 12)):
-            rows = []
-            for number in range(count):
-                words = [pick.choice(WORDS) for _ in range(pick.randrange(3, 9))]
-                label = labels[int(words[0][1:]) % 2]
-                rows.append({"id": f"{split}-{number}", "input": " ".join(words), "output": label})
-            path = folder / f"{name}-{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks.append(
-            {
-                "name": name,
-                "files": {s: str(folder / f"{name}-{s}.jsonl") for s in ("train", "test")},
-                "instruction": f"Say which task {name}",
-                "labels": list(labels),
-            }
-        )
     path = folder / "toy.yaml"
     path.write_text(
         json.dumps(
             {
                 "name": "toy",
-                "tasks": tasks,
+                "tasks": write_rows(folder),
                 "model": {"path": str(llama)},
                 "method": {"kind": "ewc_lora", "lambda": 100.0},
                 "adapter": {"rank": 4, "alpha": 8, "targets": "all_linear"},

@@ -58,8 +58,19 @@ def test_every_node_gets_the_same_switches_and_caches_of_its_own(tmp_path: Path)
     assert (found["ACCRETE_CACHE"], found["HF_HOME"]) == ("/shared/cache", "/shared/hf")
     # The cluster's own variables win over the launcher's, and those over ours.
     assert (found["OMP_NUM_THREADS"], found["NCCL_IB_HCA"]) == ("3", "mlx5")
-    for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_DATASETS_CACHE", "TMPDIR"):
+    for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TMPDIR"):
         assert Path(found[name]).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_nodes_without_network_read_the_rows_that_were_fetched(tmp_path: Path, offline) -> None:
+    """`accrete fetch` fills the cache of `datasets` on the login node; a node that may ask the hub
+    writes to a cache of its own instead."""
+    cluster = ClusterConfig(storage=StorageConfig(local=str(tmp_path), offline=offline))
+    fetched = {"HOME": "/root", "HF_DATASETS_CACHE": "/shared/datasets"}
+    found = Path(node_environment(PLACE, cluster, None, fetched)["HF_DATASETS_CACHE"])
+    assert (found == Path("/shared/datasets")) is offline
+    assert found.is_relative_to(tmp_path) is not offline
 
 
 def test_torchrun_knows_every_option() -> None:
