@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # DeepSpeed wraps a function of an optimizer that nothing here uses in torch.compile, and loads the
 # whole compiler for it: 1.5 seconds in every process that makes an engine.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# Threads of several processes that wait for one another, spinning, on the same few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOGETHER = ("distributed", "runs", "gpu")
 """Folders whose tests share launches and models of a whole session."""
