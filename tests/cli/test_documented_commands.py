@@ -1,57 +1,21 @@
 """Every command in README and docs parses, its recipe loads, its make target exists.
 
-What the commands then do is tested on small models in `tests/runs`, `tests/cli`, `tests/recipes`,
-`tests/cluster`; launches of the docs are rendered here with `--dry-run`.
+Launches are rendered with `--dry-run`; `tests/cluster` starts such ones. What trains a model is run
+by `tests/recipes/test_documented_runs.py`, `doctor` and `fetch` by tests of their own.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import typer
+from documented import ROOT, accrete_commands, lines, write_files
 from typer.testing import CliRunner
 
 from accrete.launch.cli import app
 from accrete.pipeline.config.load import load_recipe
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VARIABLES = {"$seed": "0", "$method": "sequential"}
-"""What the loops of the docs go through, by one value each."""
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```$"
-    return re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def lines() -> list[tuple[str, list[str]]]:
-    """Page and words of every command line in a shell block."""
-    found = []
-    for page in PAGES:
-        for block in blocks(page, "sh", "bash", "console"):
-            for line in block.replace("\\\n", " ").splitlines():
-                for name, value in VARIABLES.items():
-                    line = line.replace(name, value)
-                words = shlex.split(line, comments=True)
-                if words:
-                    found.append((page.name, words))
-    return found
-
-
-def accrete_commands() -> list[tuple[str, list[str]]]:
-    """Page and arguments of every `accrete ...`, whatever stands before it on its line."""
-    found = []
-    for page, words in lines():
-        for number, word in enumerate(words):
-            if word in ("accrete", ".venv/bin/accrete"):
-                found.append((page, words[number + 1 :]))
-                break
-    return found
-
 
 COMMANDS = accrete_commands()
 NAMES = [f"{page}-{' '.join(words)[:60]}" for page, words in COMMANDS]
@@ -61,13 +25,7 @@ NAMES = [f"{page}-{' '.join(words)[:60]}" for page, words in COMMANDS]
 def folder(tmp_path, monkeypatch) -> Path:
     """A folder with the files that the docs tell to write."""
     monkeypatch.chdir(tmp_path)
-    [own] = [b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# mine.yaml")]
-    (tmp_path / "mine.yaml").write_text(own)
-    code = next(b for b in blocks(ROOT / "docs" / "new-method.md", "python") if "class Hold" in b)
-    (tmp_path / "hold.py").write_text(code)
-    cluster = next(b for b in blocks(ROOT / "docs" / "clusters.md", "yaml") if "\nk8s:" in b)
-    (tmp_path / "my_k8s.yaml").write_text(cluster)
-    (tmp_path / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")
+    write_files(tmp_path)
     return tmp_path
 
 
