@@ -113,3 +113,28 @@ def test_a_page_is_carried_out(page: str, folder: Path, tiny_t5: Path) -> None:
             assert "ewc_lora" in done.output
         else:
             assert done.output.strip()
+
+
+def test_a_branch_over_more_tasks_is_the_run_over_all_of_them(folder: Path, tiny_t5: Path) -> None:
+    """What the FAQ promises for a task that comes later, to the bit."""
+
+    def call(*words: str) -> Path:
+        short = shortened(list(words), folder, tiny_t5)
+        done = CliRunner().invoke(app, short)
+        assert done.exit_code == 0, (short, done.output, done.exception)
+        return folder / short[short.index("--run-dir") + 1]
+
+    def run(name: str, tasks: str) -> Path:
+        words = ("run", "standard_cl/order1", "method=ewc_lora", "data.root=FOLDER", tasks)
+        return call(*words, "--run-dir", name)
+
+    run("two", "tasks=[dbpedia, amazon]")
+    longer = "tasks=[dbpedia, amazon, yahoo]"
+    branch = call("branch", "two", "--from-stage", "1", longer, "--run-dir", "branch")
+    whole = run("whole", longer)
+    for name in ("stages/2/adapter/adapter_model.safetensors", "stages/2/predictions.jsonl"):
+        assert (branch / name).read_bytes() == (whole / name).read_bytes(), name
+    matrices = [json.loads((path / "matrix.json").read_text()) for path in (branch, whole)]
+    assert matrices[0]["matrix"] == matrices[1]["matrix"]
+    other = folder / "two" / "stages/1/adapter/adapter_model.safetensors"
+    assert other.read_bytes() != (whole / "stages/2/adapter/adapter_model.safetensors").read_bytes()
