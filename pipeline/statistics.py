@@ -7,7 +7,7 @@ inputs; gradients are zero there by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from accrete.pipeline.data.collate import IGNORED, Batch
+from accrete.pipeline.distributed.comm import sum_to_owners
+from accrete.pipeline.math.subspace import add_outer
 from accrete.pipeline.models.lora import AdaptedLayer
 from accrete.pipeline.stage import Stage, row_losses
 
@@ -157,6 +159,35 @@ def visit_inputs(stage: Stage, visit: InputVisit, *, max_rows: int | None = None
                 seen, step = seen + len(rows), step + 1
     module.train(was_training)
     return total
+
+
+def covariances(
+    stage: Stage,
+    sizes: Mapping[str, int],
+    owners: Mapping[str, int],
+    *,
+    max_rows: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sum of x x^T over the real tokens of the task's rows, for the inputs that this rank owns.
+
+    Every rank holds the sums of all inputs, d^2 numbers each, during the pass.
+
+    Args:
+        stage: The stage; its weights are not changed.
+        sizes: Name of an input (see `input_names`) -> its dimension d.
+        owners: Name of an input -> the rank that gets its sum.
+        max_rows: Use only the first so many rows of the first epoch's order.
+
+    Returns:
+        Name of an owned input -> [d, d].
+
+    Collective: yes.
+    """
+    engine = stage.engine
+    totals = {name: torch.zeros(size, size, device=engine.device) for name, size in sizes.items()}
+    visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=max_rows)
+    sum_to_owners(totals, owners, engine.rank, engine.world)
+    return totals
 
 
 def input_names(stage: Stage) -> dict[str, str]:

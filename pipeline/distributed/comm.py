@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -158,19 +159,29 @@ def gather_rows(block: torch.Tensor, rows: int, rank: int, world: int) -> torch.
     return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, sizes, strict=True)])
 
 
-def owner_of(number: int, world: int) -> int:
-    """The rank that computes item `number` of a list for all: round robin."""
-    return number % world
+def owners_of(names: Iterable[str], world: int) -> dict[str, int]:
+    """Which rank computes what all ranks need of each name in a list: round robin."""
+    return {name: number % world for number, name in enumerate(names)}
 
 
-def reduce_to(tensor: torch.Tensor, owner: int, world: int) -> torch.Tensor:
-    """Sum `tensor` over ranks into `owner`'s copy, in place; others' copies are spoilt.
+def sum_to_owners(
+    tensors: dict[str, torch.Tensor], owners: Mapping[str, int], rank: int, world: int
+) -> None:
+    """Sum every tensor over ranks; each rank keeps those that it owns and drops the others.
+
+    Args:
+        tensors: By name, in the same order on every rank.
+        owners: Name -> rank.
+        rank: This one.
+        world: Ranks in all.
 
     Collective: yes (nothing is sent for one rank).
     """
-    if world > 1:
-        dist.reduce(tensor, dst=owner)
-    return tensor
+    for name in list(tensors):
+        if world > 1:
+            dist.reduce(tensors[name], dst=owners[name])
+        if owners[name] != rank:
+            del tensors[name]
 
 
 def broadcast(tensor: torch.Tensor, owner: int, world: int) -> torch.Tensor:

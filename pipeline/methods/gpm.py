@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from accrete.pipeline.distributed.comm import broadcast_any, owner_of, reduce_to
+from accrete.pipeline.distributed.comm import broadcast_any, owners_of
 from accrete.pipeline.errors import MethodError
-from accrete.pipeline.math.subspace import add_outer, grow_basis, residual
+from accrete.pipeline.math.subspace import grow_basis, residual
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.models.full import full_layers
-from accrete.pipeline.statistics import input_names, visit_inputs
+from accrete.pipeline.statistics import covariances, input_names
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.full import FullLayer
@@ -72,12 +72,12 @@ class Gpm(Method):
         self._kept: dict[str, torch.Tensor] = {}
         """Layer -> K = W M [d_out, m] of the task's start."""
         self._handles: list[Any] = []
-        self._place = (0, 1)
+        self._world = 1
         self._device = torch.device("cpu")
 
     def bind(self, rank: int, world: int, device: torch.device) -> None:
         """Remember which decompositions are this rank's."""
-        self._place = (rank, world)
+        self._world = world
         self._device = device
 
     @property
@@ -123,23 +123,20 @@ class Gpm(Method):
     def on_task_end(self, stage: Stage) -> None:
         """Grow the memory until it holds the task's inputs. Collective: yes."""
         self._forget_task()
-        rank, world = self._place
         sizes = {
             self._inputs[layer.name]: layer.module.in_features
             for layer in full_layers(stage.adapted)
             if layer.name in self._inputs
         }
-        totals = {
-            name: torch.zeros(size, size, device=self._device) for name, size in sizes.items()
+        owners = owners_of(sorted(sizes), self._world)
+        seen = covariances(stage, sizes, owners, max_rows=self.settings.rows)
+        # First all decompositions, each on its rank, then all sending: the ranks work side by side.
+        grown = {
+            name: grow_basis(self.memory.get(name), seen.pop(name), self.settings.threshold)
+            for name in list(seen)
         }
-        visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.rows)
-        for number, name in enumerate(sorted(totals)):
-            owner = owner_of(number, world)
-            covariance = reduce_to(totals.pop(name), owner, world)
-            grown = None
-            if rank == owner:
-                grown = grow_basis(self.memory.get(name), covariance, self.settings.threshold)
-            self.memory[name] = broadcast_any(grown, owner, world)
+        for name, owner in owners.items():
+            self.memory[name] = broadcast_any(grown.pop(name, None), owner, self._world)
         directions = sum(basis.shape[1] for basis in self.memory.values())
         stage.notes["memory_share"] = directions / sum(sizes.values())
 

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from accrete.pipeline.distributed.comm import broadcast, broadcast_any, owner_of, reduce_to
+from accrete.pipeline.distributed.comm import broadcast, broadcast_any, owners_of
 from accrete.pipeline.math.dual_gpm import DualMemory, grow, open_directions, powered
-from accrete.pipeline.math.subspace import add_outer
 from accrete.pipeline.methods.base import Method, MethodConfig
-from accrete.pipeline.statistics import input_names, visit_inputs
+from accrete.pipeline.statistics import covariances, input_names
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.lora import AdaptedLayer
@@ -84,16 +83,18 @@ class InfLora(Method):
         """Measure the new task's inputs and write A. Collective: yes."""
         readers = self._readers(stage)
         totals = self._covariances(stage, readers)
-        world = self._place[1]
+        world, rank = self._place[1], stage.config.adapter.rank
+        # First all decompositions, each on its rank, then all sending: the ranks work side by side.
+        found: dict[str, torch.Tensor] = {}
+        for name in list(totals):
+            inputs = powered(totals.pop(name), self.settings.power)
+            found[name] = open_directions(self.memory.get(name), inputs, rank)
         narrow = 0
-        for number, name in enumerate(self._names):
-            layers, owner = readers[name], owner_of(number, world)
-            shape = (layers[0].module.r["default"], layers[0].module.base_layer.in_features)
-            a = torch.zeros(shape, device=self._device)
-            if name in totals:
-                inputs = powered(totals.pop(name), self.settings.power)
-                found = open_directions(self.memory.get(name), inputs, shape[0])
-                a[: len(found)] = found / math.sqrt(3)
+        for name, owner in owners_of(self._names, world).items():
+            layers = readers[name]
+            a = torch.zeros(rank, layers[0].module.base_layer.in_features, device=self._device)
+            if name in found:
+                a[: len(found[name])] = found[name] / math.sqrt(3)
             broadcast(a, owner, world)
             narrow += int((a.abs().sum(1) == 0).any())
             for layer in layers:
@@ -112,23 +113,10 @@ class InfLora(Method):
     def _covariances(
         self, stage: Stage, readers: dict[str, list[AdaptedLayer]]
     ) -> dict[str, torch.Tensor]:
-        """Sum of x x^T over all ranks' rows, for the inputs that this rank owns. Collective: yes.
-
-        Every rank holds all of them during the pass.
-        """
-        totals = {
-            name: torch.zeros(size, size, device=self._device)
-            for name, layers in readers.items()
-            for size in [layers[0].module.base_layer.in_features]
-        }
-        visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.rows)
-        rank, world = self._place
-        for number, name in enumerate(self._names):
-            owner = owner_of(number, world)
-            reduce_to(totals[name], owner, world)
-            if owner != rank:
-                del totals[name]
-        return totals
+        """Of the inputs that this rank owns. Collective: yes."""
+        sizes = {name: readers[name][0].module.base_layer.in_features for name in self._names}
+        owners = owners_of(self._names, self._place[1])
+        return covariances(stage, sizes, owners, max_rows=self.settings.rows)
 
     # -- the memory ---------------------------------------------------------------------------
 
@@ -147,9 +135,8 @@ class InfLora(Method):
         """Every input's basis, of the protected or of the free space. Collective: yes."""
         rank, world = self._place
         tensors: dict[str, torch.Tensor] = {}
-        for number, name in enumerate(self._names):
+        for name, owner in owners_of(self._names, world).items():
             mine = self.memory.get(name)
-            owner = owner_of(number, world)
             basis = broadcast_any(None if mine is None else mine.basis, owner, world)
             free = torch.tensor([0 if mine is None else int(mine.free)], device=self._device)
             broadcast(free, owner, world)
@@ -168,8 +155,8 @@ class InfLora(Method):
         self._names = sorted(found)
         self.memory = {
             name: DualMemory(found[name].basis.to(self._device, copy=True), found[name].free)
-            for number, name in enumerate(self._names)
-            if owner_of(number, world) == rank
+            for name, owner in owners_of(self._names, world).items()
+            if owner == rank
         }
 
     def state_bytes(self) -> int:

@@ -22,9 +22,9 @@ from accrete.pipeline.distributed import comm
 from accrete.pipeline.errors import CheckpointError
 from accrete.pipeline.math.fisher import add_gradients
 from accrete.pipeline.math.row_space import join_bases, residual_rows, row_basis
-from accrete.pipeline.math.subspace import add_outer, grow_basis
+from accrete.pipeline.math.subspace import grow_basis
 from accrete.pipeline.methods.base import Method, MethodConfig
-from accrete.pipeline.statistics import input_names, visit_gradients, visit_inputs
+from accrete.pipeline.statistics import covariances, input_names, visit_gradients
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.lora import AdaptedLayer
@@ -172,15 +172,8 @@ class KeepLora(Method):
             token_mean=self.settings.gradient_tokens == "mean",
             max_rows=self.settings.gradient_rows,
         )
-        self._to_owners(totals)
+        comm.sum_to_owners(totals, self._owners, *self._place)
         return {name: total.div_(count) for name, total in totals.items()}
-
-    def _to_owners(self, totals: dict[str, torch.Tensor]) -> None:
-        """Sum over ranks; each keeps its own. Collective: yes."""
-        for name in list(totals):
-            comm.reduce_to(totals[name], self._owners[name], self._place[1])
-            if not self._mine(name):
-                del totals[name]
 
     # -- the end of a task --------------------------------------------------------------------
 
@@ -204,16 +197,12 @@ class KeepLora(Method):
 
     def _features(self, stage: Stage) -> dict[str, torch.Tensor]:
         """Sum of x x^T [d_in, d_in] over tokens, of this rank's inputs. Collective: yes."""
-        totals: dict[str, torch.Tensor] = {}
-        for layer, name in self._inputs.items():
-            if layer == name:
-                columns = stage.adapted.layers[layer].module.base_layer.in_features
-                totals[name] = torch.zeros(columns, columns, device=self._device)
-        visit_inputs(
-            stage, lambda name, x: add_outer(totals[name], x), max_rows=self.settings.feature_rows
-        )
-        self._to_owners(totals)
-        return totals
+        sizes = {
+            name: stage.adapted.layers[layer].module.base_layer.in_features
+            for layer, name in self._inputs.items()
+            if layer == name
+        }
+        return covariances(stage, sizes, self._owners, max_rows=self.settings.feature_rows)
 
     def _note_empty_rows(self, stage: Stage) -> None:
         """Say it when A has rows that found no free direction. Collective: at ZeRO 3."""

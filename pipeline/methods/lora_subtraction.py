@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from accrete.pipeline.distributed.comm import broadcast, gather_equal, owner_of, reduce_to
+from accrete.pipeline.distributed.comm import broadcast, gather_equal, owners_of
 from accrete.pipeline.errors import MethodError
 from accrete.pipeline.math.projector import Projector
-from accrete.pipeline.math.subspace import add_outer
 from accrete.pipeline.math.triplet import triplet_losses, unit
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.methods.prototypes import Prototypes, last_features
 from accrete.pipeline.models.features import BlockFeatures
 from accrete.pipeline.stage import batch_share
-from accrete.pipeline.statistics import input_names, visit_inputs
+from accrete.pipeline.statistics import covariances, input_names
 
 if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
@@ -138,35 +137,44 @@ class LoraSubtraction(Method):
         readers: dict[str, list[AdaptedLayer]] = {}
         for layer in stage.adapted.layers.values():
             readers.setdefault(sources[layer.name], []).append(layer)
-        totals: dict[str, torch.Tensor] = {}
-        for name, layers in readers.items():
-            size = layers[0].module.base_layer.in_features
-            totals[name] = torch.zeros(size, size, device=stage.engine.device)
+        sizes = {name: layers[0].module.base_layer.in_features for name, layers in readers.items()}
+        owners = owners_of(readers, stage.engine.world)
         with stage.past.subtracted():
-            visit_inputs(
-                stage,
-                lambda name, x: add_outer(totals[name], x),
-                max_rows=self.settings.feature_rows,
-            )
+            seen = covariances(stage, sizes, owners, max_rows=self.settings.feature_rows)
+        # First all decompositions, each on its rank, then all sending: the ranks work side by side.
+        energy = self.settings.energy
+        found = {name: Projector.of(covariance, energy) for name, covariance in seen.items()}
+        outer = self._output_spaces(stage, readers, seen) if self.b_mode == "output_cov" else {}
+        seen.clear()
         rules: list[_Rule] = []
         shares: list[float] = []
-        for number, (name, layers) in enumerate(readers.items()):
-            owner = owner_of(number, stage.engine.world)
-            covariance = reduce_to(totals.pop(name), owner, stage.engine.world)
-            projector = _decide(stage, covariance, self.settings.energy, owner)
-            shares.append(projector.size / covariance.shape[0])
+        for name, layers in readers.items():
+            projector = _send(stage, found.pop(name, None), sizes[name], owners[name])
+            shares.append(projector.size / sizes[name])
             rules.append(self._rule(projector, [layer.a for layer in layers], a=True))
             if self.b_mode == "reference":
                 rules.append(self._rule(projector, [layer.b for layer in layers], a=False))
             elif self.b_mode == "output_cov":
                 for layer in layers:
-                    # y = W x, so C_y = W C_x W^T: no pass of its own, and no bias.
-                    weight = stage.past.subtracted_weight(layer)
-                    outputs = weight @ covariance @ weight.T
-                    outer = _decide(stage, outputs, self.settings.energy, owner)
-                    rules.append(self._rule(outer, [layer.b], a=False))
+                    size = layer.module.base_layer.out_features
+                    sent = _send(stage, outer.pop(layer.name, None), size, owners[name])
+                    rules.append(self._rule(sent, [layer.b], a=False))
         stage.notes["space_share"] = sum(shares) / len(shares)
         return rules
+
+    def _output_spaces(
+        self, stage: Stage, readers: dict[str, list[AdaptedLayer]], seen: dict[str, torch.Tensor]
+    ) -> dict[str, Projector]:
+        """Layer -> projector of its outputs, where `seen` has its input. Collective: at ZeRO 3."""
+        found: dict[str, Projector] = {}
+        for name, layers in readers.items():
+            for layer in layers:
+                # y = W x, so C_y = W C_x W^T: no pass of its own, and no bias.
+                weight = stage.past.subtracted_weight(layer)
+                if name in seen:
+                    outputs = weight @ seen[name] @ weight.T
+                    found[layer.name] = Projector.of(outputs, self.settings.energy)
+        return found
 
     def _rule(self, projector: Projector, names: list[str], *, a: bool) -> _Rule:
         return _Rule(
@@ -291,10 +299,9 @@ class LoraSubtraction(Method):
         self.rules = []
 
 
-def _decide(stage: Stage, covariance: torch.Tensor, share: float, owner: int) -> Projector:
-    """`owner`'s projector on every rank; only its `covariance` is whole. Collective: yes."""
-    engine, dimension = stage.engine, covariance.shape[0]
-    found = Projector.of(covariance, share) if engine.rank == owner else None
+def _send(stage: Stage, found: Projector | None, dimension: int, owner: int) -> Projector:
+    """`owner`'s projector on every rank; the others pass None. Collective: yes."""
+    engine = stage.engine
     size = torch.tensor([0 if found is None else found.size], device=engine.device)
     count, keeps = Projector.layout(dimension, int(broadcast(size, owner, engine.world)))
     basis = torch.empty(dimension, count, device=engine.device) if found is None else found.basis

@@ -54,6 +54,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ewc": {"method": "ewc", "settings": {"lambda_": 30.0}},
     "gpm": {"method": "gpm", "settings": {"threshold": 0.7}},
     "lora_subtraction": {"method": "lora_subtraction", "settings": {"energy": 0.9}},
+    "lora_subtraction_outputs": {
+        "method": "lora_subtraction",
+        "settings": {"energy": 0.9, "b_mode": "output_cov"},
+    },
     "lora_subtraction_triplet": {
         "method": "lora_subtraction",
         "settings": {"energy": 0.9, "triplet": 0.2, "ncm": True},
@@ -82,6 +86,7 @@ PLAIN_RELATIVE: dict[str, str] = {
     "replay": "sequential",
     "replay_reservoir": "sequential",
     "lora_subtraction": "inc_lora",
+    "lora_subtraction_outputs": "lora_subtraction",
     "sr2_lora": "inc_lora",
 }
 """Method kind -> the kind that it is without its own mechanism, and must differ from."""

@@ -50,6 +50,7 @@ WHOLE_WEIGHTS = ("full", "ewc", "gpm")
 """Methods that train all weights: also with every weight in pieces."""
 PARTITIONED = (
     *WHOLE_WEIGHTS,
+    "lora_subtraction_outputs",
     "lora_subtraction_triplet",
     "sr2_lora",
     "sr2_lora_uncached",
