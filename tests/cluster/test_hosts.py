@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ class Hosts:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            # As in a terminal: what a shell starts in the background ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def signal(self, name: str) -> None:
