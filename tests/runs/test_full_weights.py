@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-SMALL = ("train.max_steps=3", "eval.forward_transfer=false")
+SMALL = ("train.max_steps=3", "eval.forward_transfer=false", "engine.procs=1")
+"""One process: tests/distributed has these methods at every shard, cut and resumed."""
 
 
 def events(folder: Path, kind: str) -> list[dict]:
