@@ -54,7 +54,6 @@ def base_model(kind: str) -> torch.nn.Module:
                 d_kv=8,
                 d_ff=48,
                 num_layers=1 if kind == "t5_short" else 2,
-                num_decoder_layers=1,  # every module costs at ZeRO 3, and the LLaMA has two blocks
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
