@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,39 +46,31 @@ class Launch:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        workers = []
-        for rank in range(self.world):
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": self.device,
-            }
-            log = (self.out / f"log-{rank}.txt").open("wb")
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, str(HERE / "worker.py"), str(self.out), self.device],
-                    env=env,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
+        env = {
+            **os.environ,
+            "WORLD_SIZE": str(self.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": self.device,
+        }
+        with (self.out / "log.txt").open("wb") as log:
+            team = subprocess.Popen(
+                [sys.executable, str(HERE / "worker.py"), str(self.out), self.device],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        deadline = time.monotonic() + seconds
-        while any(worker.poll() is None for worker in workers):
-            if time.monotonic() > deadline:
-                current = [
-                    (self.out / f"current-{r}").read_text()
-                    for r in range(self.world)
-                    if (self.out / f"current-{r}").exists()
-                ]
-                self.hung = ", ".join(sorted(set(current))) or "start-up"
-                for worker in workers:
-                    worker.kill()
-            time.sleep(0.1)
+        try:
+            team.wait(seconds)
+        except subprocess.TimeoutExpired:
+            current = [path.read_text() for path in self.out.glob("current-*")]
+            self.hung = ", ".join(sorted(set(current))) or "start-up"
+        finally:
+            if team.poll() is None:
+                os.killpg(team.pid, signal.SIGKILL)
+                team.wait()
 
     def result(self, name: str) -> list[dict[str, Any]]:
         """What each rank returned for a case; fails with the rank's own traceback."""
@@ -87,7 +79,8 @@ class Launch:
             error = folder / f"error-{rank}.txt"
             assert not error.exists(), f"{name}, rank {rank}:\n{error.read_text()}"
         missing = [r for r in range(self.world) if not (folder / f"values-{r}.json").exists()]
-        tail = "\n".join((self.out / f"log-{r}.txt").read_text()[-2000:] for r in missing[:1])
+        logs = [self.out / "log.txt", *(self.out / f"log-{r}.txt" for r in missing[:1])]
+        tail = "\n".join(log.read_text()[-2000:] for log in logs if log.exists())
         assert not missing, (
             f"{name}: ranks {missing} gave no result"
             + (f"; the launch was stopped while in: {self.hung}" if self.hung else "")

@@ -17,13 +17,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ewc_lora_pretrained": {
         "method": "ewc_lora",
-        "settings": {"lambda_": 3e2, "fisher_at": "pretrained", "fisher_rows": 13},
+        "settings": {"lambda_": 3e2, "fisher_at": "pretrained", "fisher_rows": 9},
     },
     "ewc_lora_rank1": {"method": "ewc_lora", "settings": {"lambda_": 3e2, "fisher": "rank1"}},
     "inf_lora": {"method": "inf_lora", "settings": {"eps": 0.5}},
     "inf_lora_reference": {
         "method": "inf_lora",
-        "settings": {"eps": 0.8, "power": 2, "first_fill": "one_fewer", "rows": 13},
+        "settings": {"eps": 0.8, "power": 2, "first_fill": "one_fewer", "rows": 9},
     },
     "o_lora": {"method": "o_lora", "settings": {"lambda_1": 0.05}},
     "o_lora_lists": {
@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "eps_w": 0.5,
             "eps_f": 0.3,
             "memory": "gradients",
-            "gradient_rows": 17,
+            "gradient_rows": 11,
         },
     },
     "keep_lora_pp": {"method": "keep_lora_pp", "settings": {"eps_w": 0.2, "eps_f": 0.6}},

@@ -16,3 +16,12 @@ CUT = 2
 
 def micro(world: int, accumulation: int) -> int:
     return BATCH // world // accumulation
+
+
+def counted(zero: int) -> dict[str, object]:
+    """Where traffic is counted: one layer a side, two micro-batches in each of two steps.
+
+    At ZeRO 3, where every module costs, the smaller model.
+    """
+    model = "llama_short" if zero == 3 else "t5_short"
+    return {"model": model, "zero": zero, "micro": 2, "rows": 16}

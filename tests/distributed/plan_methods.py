@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from harness import Case
 from method_settings import FOUR, QUIET, SETTINGS
-from plan_base import BATCH, CUT, MODELS, STAGES, micro
+from plan_base import BATCH, MODELS, STAGES, counted, micro
 
 from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
+
+TASKS = {"tasks": 3, "rows": 15}
+"""Two steps a task, the second of them not full and divided unequally over two and four ranks."""
+STEPS, CUT = 2, 1
+"""Steps of a task; step of the second task after which a run is cut."""
 
 
 def shards(kind: str, world: int) -> list[tuple[str, int | None]]:
@@ -36,7 +41,7 @@ def methods(world: int) -> list[Case]:
                 "model": model,
                 "zero": zero,
                 "micro": BATCH // world,
-                "tasks": 3,
+                **TASKS,
                 **(in_pieces(kind, model, zero) if world == 2 else {}),
                 **SETTINGS[kind],
             },
@@ -71,7 +76,7 @@ def method_traffics() -> list[Case]:
         Case(
             f"traffic-{kind}-zero{zero}",
             "traffic",
-            {"model": "t5_short", "zero": zero, "micro": 2, "rows": 16, **SETTINGS[kind]},
+            {**counted(zero), **SETTINGS[kind]},
         )
         for kind in (*QUIET, "lora_subtraction_triplet", *WHOLE_WEIGHTS)
         for zero in STAGES
@@ -81,7 +86,7 @@ def method_traffics() -> list[Case]:
 def pooled(world: int, zero: int | None) -> list[Case]:
     """Two micro-batches a step, of the same rows over all ranks."""
     kind = "lora_subtraction_triplet"
-    params = {"zero": zero, "micro": micro(world, 2), "tasks": 2, **SETTINGS[kind]}
+    params = {"zero": zero, "micro": micro(world, 2), **TASKS, **SETTINGS[kind]}
     return [Case(f"methodpooled-{kind}", "sequence", {"model": "t5", **params})]
 
 
@@ -106,8 +111,8 @@ def method_resumes() -> list[Case]:
                 "model": resumed_model(kind),
                 "zero": 2,
                 "micro": 4,
-                "tasks": 3,
                 "every_steps": 1,
+                **TASKS,
                 **settings,
             }
         ]

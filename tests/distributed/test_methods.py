@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import STEPS, assert_same_run, groups
+from comparison import assert_same_run, groups
 from method_settings import FOUR, PLAIN_RELATIVE, QUIET, SETTINGS, TOLERANCE
-from plan_base import CUT, MODELS, STAGES
-from plan_methods import FROZEN, WHOLE_WEIGHTS, resumed_model, shards
+from plan_base import MODELS, STAGES
+from plan_methods import CUT, FROZEN, STEPS, WHOLE_WEIGHTS, resumed_model, shards
 
 from accrete.pipeline.methods.registry import method_class
 

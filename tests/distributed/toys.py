@@ -41,11 +41,12 @@ NAMES = ("one", "two", "three")
 def base_model(kind: str) -> torch.nn.Module:
     """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA.
 
-    `t5_short` has one layer a side, for what costs much and does not grow with layers.
+    A `_short` one has one layer a side, for what costs much and does not grow with layers.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(7)
+    layers = 1 if kind.endswith("_short") else 2
     if kind.startswith("t5"):
         model = T5ForConditionalGeneration(
             T5Config(
@@ -53,7 +54,7 @@ def base_model(kind: str) -> torch.nn.Module:
                 d_model=32,
                 d_kv=8,
                 d_ff=48,
-                num_layers=1 if kind == "t5_short" else 2,
+                num_layers=layers,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
@@ -68,7 +69,7 @@ def base_model(kind: str) -> torch.nn.Module:
                 vocab_size=VOCAB,
                 hidden_size=32,
                 intermediate_size=48,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 bos_token_id=BOS,

@@ -7,19 +7,17 @@ rows; the run itself is one plain process inside this one (`tests/runs` has real
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
-from typing import Any
 
 import author_folders as made
 import pytest
 from documented import accrete_commands, write_files
+from inprocess import PLAIN, stay_here
 from toy_sequence import write_rows
 from typer.testing import CliRunner
 
 from accrete.launch import api
 from accrete.launch.cli import app
-from accrete.launch.execute import execute
 
 CARRIED_OUT = ("plan", "methods", "run", "resume", "branch", "compare")
 PAGES = sorted({page for page, words in accrete_commands() if words[0] in CARRIED_OUT})
@@ -30,9 +28,7 @@ SHORT = (
     "train.global_batch_size=8",
     "train.micro_batch_size=8",
     "eval.forward_transfer=false",
-    "engine.kind=plain",
-    "engine.procs=1",
-    "engine.device=cpu",
+    *PLAIN,
 )
 
 
@@ -49,24 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             Path(path).rename(target)
     monkeypatch.setattr(api, "_launch", stay_here)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        monkeypatch.setenv(name, value)
     return tmp_path
-
-
-def stay_here(run: Any, overrides: Any, procs: int, device: str, lock: int) -> None:
-    assert (procs, device) == (1, "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASTER_PORT", str(free_port()))
-        execute(run.path, tuple(overrides))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def root_of(words: list[str], folder: Path) -> Path:

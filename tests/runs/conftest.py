@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import inprocess
 import pytest
 from toy_sequence import write_rows, write_tokenizer
 
@@ -83,6 +84,18 @@ def accrete(environment):
             timeout=240,
             **options,
         )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def accrete_here(environment):
+    """The same inside this process; runs must be plain ones on one CPU process."""
+
+    def call(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+        done = inprocess.call(*arguments, ACCRETE_CACHE=environment["ACCRETE_CACHE"])
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

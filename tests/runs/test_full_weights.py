@@ -1,4 +1,7 @@
-"""Whole runs of methods that train the model's own weights, through the command line."""
+"""Whole runs of methods that train the model's own weights, through the command line.
+
+In one process, this one: tests/distributed has these methods at every shard, cut and resumed.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import PLAIN
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-SMALL = ("train.max_steps=3", "eval.forward_transfer=false", "engine.procs=1")
-"""One process: tests/distributed has these methods at every shard, cut and resumed."""
+SMALL = ("train.max_steps=3", "eval.forward_transfer=false", *PLAIN)
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -22,13 +25,13 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def full(accrete, recipe, tmp_path_factory) -> Path:
+def full(accrete_here, recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("full") / "run"
-    accrete("run", recipe, "method=full", *SMALL, "--run-dir", folder)
+    accrete_here("run", recipe, "method=full", *SMALL, "--run-dir", folder)
     return folder
 
 
-def test_a_run_ends_and_scores_again_the_same(full, accrete):
+def test_a_run_ends_and_scores_again_the_same(full, accrete_here):
     content = json.loads((full / "matrix.json").read_text())
     assert [len(row) for row in content["matrix"]] == [1, 2, 3]
     assert not list(full.glob("stages/*/adapter"))
@@ -36,15 +39,15 @@ def test_a_run_ends_and_scores_again_the_same(full, accrete):
         state = load_file(full / f"checkpoints/stage-{stage}/state.safetensors")
         assert len(state) == 21  # every weight of the model, no moments
         assert {value.dtype for value in state.values()} == {torch.float32}
-    done = accrete("score", full, "--stage", 1, "--json")
+    done = accrete_here("score", full, "--stage", 1, "--json")
     again = [item["score"] for item in json.loads(done.stdout)["scores"]]
     assert again == content["matrix"][1]
 
 
-def test_export_is_the_trained_model(full, accrete, llama, tmp_path):
+def test_export_is_the_trained_model(full, accrete_here, llama, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    accrete("export", full, "--out", tmp_path / "merged", "--stage", 1)
+    accrete_here("export", full, "--out", tmp_path / "merged", "--stage", 1)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     base = AutoModelForCausalLM.from_pretrained(llama).state_dict()
     state = load_file(full / "checkpoints/stage-1/state.safetensors")
@@ -52,30 +55,32 @@ def test_export_is_the_trained_model(full, accrete, llama, tmp_path):
     for name, value in exported.items():
         assert torch.equal(value, state[f"factor/{name}"])
         assert not torch.equal(value, base[name])
-    done = accrete("export", full, "--out", tmp_path / "adapter", "--form", "adapter", check=False)
+    done = accrete_here(
+        "export", full, "--out", tmp_path / "adapter", "--form", "adapter", check=False
+    )
     assert done.returncode == 2
     assert "--form merged" in done.stderr
     assert not (tmp_path / "adapter").exists()
 
 
-def test_resumed_after_a_task_is_bit_identical(full, accrete, tmp_path):
+def test_resumed_after_a_task_is_bit_identical(full, accrete_here, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(full, cut)
     # As after a kill in the third task: its end was never written.
     for name in ("checkpoints/stage-2", "stages/2"):
         shutil.rmtree(cut / name)
     (cut / "matrix.json").unlink()
-    accrete("resume", cut)
+    accrete_here("resume", cut)
     assert events(cut, "resumed")[-1]["stage"] == 1
     name = "checkpoints/stage-2/state.safetensors"
     assert (cut / name).read_bytes() == (full / name).read_bytes()
     assert (cut / "matrix.json").read_text() == (full / "matrix.json").read_text()
 
 
-def test_branches_keep_to_weights(full, accrete, tmp_path):
+def test_branches_keep_to_weights(full, accrete_here, tmp_path):
     """To GPM, whose frozen weights are those of the shared stage; not to an adapter."""
     folder = tmp_path / "branch"
-    accrete("branch", full, "method=gpm", "--from-stage", 0, "--run-dir", folder)
+    accrete_here("branch", full, "method=gpm", "--from-stage", 0, "--run-dir", folder)
     first = [e["loss"] for e in events(full, "step")]
     branched = [e["loss"] for e in events(folder, "step")]
     assert branched[:3] == first[:3]
@@ -88,7 +93,7 @@ def test_branches_keep_to_weights(full, accrete, tmp_path):
     assert len(frozen) == 7
     assert all(torch.equal(state[name], started[name]) for name in frozen)
     assert not any(torch.equal(state[name], further[name]) for name in frozen)
-    done = accrete(
+    done = accrete_here(
         "branch",
         full,
         "method=inc_lora",
@@ -103,9 +108,9 @@ def test_branches_keep_to_weights(full, accrete, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_bf16_weights_are_refused_before_anything_is_made(accrete, recipe, tmp_path):
+def test_bf16_weights_are_refused_before_anything_is_made(accrete_here, recipe, tmp_path):
     folder = tmp_path / "run"
-    done = accrete(
+    done = accrete_here(
         "run", recipe, "method=ewc", "model.dtype=bf16", "--run-dir", folder, check=False
     )
     assert done.returncode == 2

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from inprocess import PLAIN
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -19,6 +18,7 @@ import cases
 import toys
 
 from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.methods import registry
 from accrete.pipeline.models.lora import initial_factors
 from accrete.pipeline.stage_runner import StageRunner
 
@@ -72,7 +72,16 @@ def test_it_holds_back_from_the_second_task_on(hold, model, tmp_path):
     assert size(held) < 0.9 * size(free)
 
 
-def test_a_package_makes_its_name_known(hold, recipe, environment, tmp_path):
+@pytest.fixture
+def anew():
+    """Packages are looked for once a process; what this test shows must not stay."""
+    yield
+    registry._plugins.cache_clear()
+    sys.modules.pop("my_package.hold", None)
+    sys.modules.pop("my_package", None)
+
+
+def test_a_package_makes_its_name_known(hold, recipe, accrete_here, anew, monkeypatch, tmp_path):
     """By a real entry point; a setting out of range leaves no run folder."""
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "hold.py").write_text(hold.read_text())
@@ -83,26 +92,18 @@ def test_a_package_makes_its_name_known(hold, recipe, environment, tmp_path):
     assert point is not None
     (info / "entry_points.txt").write_text(f"[accrete.methods]\nhold = {point[1]}\n")
 
-    def call(*arguments: object) -> subprocess.CompletedProcess:
-        paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return subprocess.run(
-            [sys.executable, "-m", "accrete.launch.cli", *map(str, arguments)],
-            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    card = json.loads(call("methods", "show", "hold", "--json").stdout)
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._plugins.cache_clear()
+    card = json.loads(accrete_here("methods", "show", "hold", "--json").stdout)
     assert card["code"] == "my_package.hold:Hold"
     assert card["settings"][0]["description"] == "Weight of the penalty; 0 is inc_lora."
-    bad = call("run", recipe, "method=hold", "method.strength=-1", "--run-dir", tmp_path / "bad")
+    wrong = ("method.strength=-1", "--run-dir", tmp_path / "bad")
+    bad = accrete_here("run", recipe, "method=hold", *wrong, check=False)
     assert bad.returncode == 2
     assert "a number >= 0" in bad.stderr
     assert not (tmp_path / "bad").exists()
-    plain = ("engine.kind=plain", "engine.procs=1", "train.max_steps=1")
-    done = call("run", recipe, "method=hold", *plain, "--run-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stdout + done.stderr
+    short = (*PLAIN, "train.max_steps=1")
+    accrete_here("run", recipe, "method=hold", *short, "--run-dir", tmp_path / "run")
     assert (tmp_path / "run" / "stages" / "2" / "adapter").is_dir()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import PLAIN
 
 from accrete.pipeline.models.cache import cache_root
 
@@ -19,21 +20,20 @@ needs_rows = pytest.mark.skipif(not COMPACT.is_dir(), reason=f"no real rows: {CO
 
 
 @needs_rows
-def test_a_benchmark_recipe_runs_on_real_rows(accrete, llama, tmp_path):
+def test_a_benchmark_recipe_runs_on_real_rows(accrete_here, llama, tmp_path):
     """Two steps of every task by the command line; the toy model cannot learn from them.
 
     tests/recipes does the same with every benchmark, inside the test's own process.
     """
     folder = tmp_path / "run"
-    accrete(
+    accrete_here(
         "run",
         "standard_cl/order3",
         f"data.root={COMPACT}",
         f"model.path={llama}",
         "method=ewc_lora",
         "method.fisher_rows=4",
-        "engine.kind=plain",
-        "engine.procs=1",
+        *PLAIN,
         "data.max_train_examples=16",
         "data.max_eval_examples=4",
         "data.max_source_tokens=160",

@@ -133,9 +133,9 @@ def test_killed_and_resumed_is_bit_identical(whole, recipe, environment, accrete
         assert got[3] == pytest.approx(expected[3], rel=1e-4)
 
 
-def test_a_finished_run_is_only_read(whole, accrete):
+def test_a_finished_run_is_only_read(whole, accrete_here):
     before = (whole / "events.jsonl").read_bytes()
-    done = accrete("resume", whole)
+    done = accrete_here("resume", whole)
     assert "average performance" in done.stdout
     assert (whole / "events.jsonl").read_bytes() == before
 
@@ -162,7 +162,7 @@ def test_python_in_three_lines(recipe, environment, tmp_path):
     assert json.loads((run / "checkpoints/stage-1/checkpoint.json").read_text())["live"]
 
 
-def test_branch_shares_the_beginning(whole, accrete, tmp_path):
+def test_branch_shares_the_beginning(whole, accrete, accrete_here, tmp_path):
     folder = tmp_path / "branch"
     accrete(
         "branch",
@@ -180,29 +180,29 @@ def test_branch_shares_the_beginning(whole, accrete, tmp_path):
     assert first == json.loads((whole / "matrix.json").read_text())["matrix"][0]
     assert steps(folder)[24][3] == steps(whole)[24][3]  # B = 0: no penalty in the first step yet
     assert steps(folder)[26][3] != steps(whole)[26][3]
-    done = accrete("branch", whole, "seed=5", "--from-stage", 0, check=False)
+    done = accrete_here("branch", whole, "seed=5", "--from-stage", 0, check=False)
     assert done.returncode == 2
     assert "seed" in done.stderr
 
 
-def test_score_again_says_the_same(whole, accrete):
-    done = accrete("score", whole, "--json")
+def test_score_again_says_the_same(whole, accrete_here):
+    done = accrete_here("score", whole, "--json")
     content = json.loads(done.stdout)
     row = json.loads((whole / "matrix.json").read_text())["matrix"][-1]
     assert [item["score"] for item in content["scores"]] == row
-    done = accrete("score", whole, "eval.mode=generate", "--stage", 1, "--json")
+    done = accrete_here("score", whole, "eval.mode=generate", "--stage", 1, "--json")
     row = json.loads((whole / "matrix.json").read_text())["matrix"][1]
     assert [item["score"] for item in json.loads(done.stdout)["scores"]] == row
 
 
-def test_exported_models_are_the_scored_one(whole, accrete, llama, tmp_path):
+def test_exported_models_are_the_scored_one(whole, accrete_here, llama, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from accrete.launch.rebuild import rebuild
 
-    accrete("export", whole, "--out", tmp_path / "merged")
-    accrete("export", whole, "--out", tmp_path / "adapter", "--form", "adapter")
+    accrete_here("export", whole, "--out", tmp_path / "merged")
+    accrete_here("export", whole, "--out", tmp_path / "adapter", "--form", "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer("Say which task one w3 w5 Answer :", return_tensors="pt").input_ids
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -239,9 +239,9 @@ def test_stage_adapters_load_with_peft(whole, llama):
         (["tasks.one.metric=rouge_l", "eval.mode=forward"], "set eval.mode to auto"),
     ],
 )
-def test_bad_input_leaves_no_folder(accrete, recipe, tmp_path, overrides, words):
+def test_bad_input_leaves_no_folder(accrete_here, recipe, tmp_path, overrides, words):
     folder = tmp_path / "run"
-    done = accrete("run", recipe, *overrides, "--run-dir", folder, check=False)
+    done = accrete_here("run", recipe, *overrides, "--run-dir", folder, check=False)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
