@@ -10,6 +10,7 @@ from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
 
 TASKS = {"tasks": 3, "rows": 15}
 """Two steps a task, the second of them not full and divided unequally over two and four ranks."""
+TOYS = {"t5": "t5_uneven", "llama": "llama"}
 STEPS, CUT = 2, 1
 """Steps of a task; step of the second task after which a run is cut."""
 
@@ -38,7 +39,7 @@ def methods(world: int) -> list[Case]:
             f"method-{kind}-{model}-zero{zero}",
             "sequence",
             {
-                "model": model,
+                "model": TOYS[model],
                 "zero": zero,
                 "micro": BATCH // world,
                 **TASKS,
@@ -87,7 +88,7 @@ def pooled(world: int, zero: int | None) -> list[Case]:
     """Two micro-batches a step, of the same rows over all ranks."""
     kind = "lora_subtraction_triplet"
     params = {"zero": zero, "micro": micro(world, 2), **TASKS, **SETTINGS[kind]}
-    return [Case(f"methodpooled-{kind}", "sequence", {"model": "t5", **params})]
+    return [Case(f"methodpooled-{kind}", "sequence", {"model": TOYS["t5"], **params})]
 
 
 def in_pieces(kind: str, model: str, zero: int | None) -> dict[str, int]:
@@ -108,7 +109,7 @@ def method_resumes() -> list[Case]:
         for kind, settings in SETTINGS.items()
         for params in [
             {
-                "model": resumed_model(kind),
+                "model": TOYS[resumed_model(kind)],
                 "zero": 2,
                 "micro": 4,
                 "every_steps": 1,

@@ -41,7 +41,8 @@ NAMES = ("one", "two", "three")
 def base_model(kind: str) -> torch.nn.Module:
     """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA.
 
-    A `_short` one has one layer a side, for what costs much and does not grow with layers.
+    A `_short` one has one layer a side, for what costs much and does not grow with layers;
+    `t5_uneven` two in the encoder and one in the decoder, as every module costs at ZeRO 3.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -55,6 +56,7 @@ def base_model(kind: str) -> torch.nn.Module:
                 d_kv=8,
                 d_ff=48,
                 num_layers=layers,
+                num_decoder_layers=1 if kind == "t5_uneven" else layers,
                 num_heads=4,
                 feed_forward_proj="gated-gelu",
                 dropout_rate=0.0,
