@@ -72,12 +72,10 @@ class Gpm(Method):
         self._kept: dict[str, torch.Tensor] = {}
         """Layer -> K = W M [d_out, m] of the task's start."""
         self._handles: list[Any] = []
-        self._world = 1
         self._device = torch.device("cpu")
 
     def bind(self, rank: int, world: int, device: torch.device) -> None:
-        """Remember which decompositions are this rank's."""
-        self._world = world
+        """Remember the device."""
         self._device = device
 
     @property
@@ -128,7 +126,8 @@ class Gpm(Method):
             for layer in full_layers(stage.adapted)
             if layer.name in self._inputs
         }
-        owners = owners_of(sorted(sizes), self._world)
+        world = stage.engine.world
+        owners = owners_of(sorted(sizes), world)
         seen = covariances(stage, sizes, owners, max_rows=self.settings.rows)
         # First all decompositions, each on its rank, then all sending: the ranks work side by side.
         grown = {
@@ -136,7 +135,7 @@ class Gpm(Method):
             for name in list(seen)
         }
         for name, owner in owners.items():
-            self.memory[name] = broadcast_any(grown.pop(name, None), owner, self._world)
+            self.memory[name] = broadcast_any(grown.pop(name, None), owner, world)
         directions = sum(basis.shape[1] for basis in self.memory.values())
         stage.notes["memory_share"] = directions / sum(sizes.values())
 

@@ -2,7 +2,8 @@
 
 Goes through a fixed list of runs, one after another, each an ordinary `accrete run` in a folder of
 its own; what is finished is passed over and what was cut off is resumed, so it may be stopped and
-started again at any time. After every run the table in docs/results.md is written anew.
+started again at any time. After every run the table in docs/results.md is written anew, with a
+sentence for every method that does not beat its baseline.
 `--jobs N` makes N runs at once, on a GPU that a small model does not fill; `--set` adds overrides
 to every run:
 
@@ -60,6 +61,8 @@ THREE_SEEDS = (
 WEIGHTS = ("full", "ewc", "gpm")
 """Methods that train all weights take a tenth of the learning rate."""
 BOUNDS = ("joint", "per_task")
+BASELINE = {"ewc": "full", "gpm": "full"}
+"""Kind -> what it has to beat; for the others `sequential`."""
 ORDER = (*THREE_SEEDS, "inc_lora", "inf_lora", *BOUNDS, "lwf", *WEIGHTS)
 MODELS = {"smollm2_135m": "standard_cl/order1_smollm2", "small_t5": "standard_cl/order1_small_t5"}
 
@@ -198,6 +201,35 @@ def table(plan: Plan, kinds: list[str]) -> str:
     return "\n".join(lines)
 
 
+def shortfalls(plan: Plan, kinds: list[str]) -> list[str]:
+    """A sentence for every method that does not beat its baseline, seed by seed."""
+    said = []
+    for kind in kinds:
+        baseline = BASELINE.get(kind, "sequential")
+        mine, other = scores(plan, kind), scores(plan, baseline)
+        gains = [mine[seed] - other[seed] for seed in mine.keys() & other.keys()]
+        if kind in ("sequential", "full", *BOUNDS) or not gains:
+            continue
+        mean = statistics.mean(gains)
+        over = f"points over {len(gains)} seed{'s' * (len(gains) > 1)}"
+        if mean <= 0:
+            said.append(f"`{kind}` does not beat `{baseline}`: {mean:+.1f} {over}.")
+        elif min(gains) <= 0:
+            said.append(f"`{kind}` beats `{baseline}` by {mean:.1f} {over}, but not at every one.")
+    return said
+
+
+def scores(plan: Plan, kind: str) -> dict[int, float]:
+    """Seed -> average performance, of what is finished."""
+    runs = {seed: plan.main(kind, seed) for seed in plan.seeds(kind)}
+    matrices = {seed: run.matrix for seed, run in runs.items() if run is not None}
+    return {
+        seed: float(matrix["metrics"]["average_performance"])
+        for seed, matrix in matrices.items()
+        if matrix is not None
+    }
+
+
 def _mean(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
@@ -212,7 +244,9 @@ def write_page(plan: Plan, kinds: list[str]) -> None:
         raise SystemExit(f"{PAGE}: the mark {begin} is missing.")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{table(plan, kinds)}\n{end}{after}")
+    parts = (table(plan, kinds), " ".join(shortfalls(plan, kinds)))
+    content = "\n\n".join(part for part in parts if part)
+    PAGE.write_text(f"{before}{begin}\n{content}\n{end}{after}")
 
 
 def main() -> None:

@@ -99,6 +99,40 @@ def test_runs_are_made_in_order_once_and_only_when_settings_are_known(tmp_path, 
     assert made == ["joint/trial-1"]
 
 
+def test_a_method_that_does_not_beat_its_baseline_is_named(tmp_path, monkeypatch):
+    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m")
+    found = {
+        "sequential": (40.0, 50.0, 60.0),
+        "ewc_lora": (41.0, 51.0, 61.0),  # better at every seed: nothing is said
+        "o_lora": (30.0, 50.0),  # one seed is still to come
+        "replay": (39.0, 60.0, 70.0),
+        "joint": (0.0,),  # a bound
+        "full": (20.0,),
+        "gpm": (30.0,),
+        "ewc": (20.0,),
+    }
+    for kind, values in found.items():
+        for run in plan.trials(kind):
+            finish(run, 1.0)
+        for seed, value in enumerate(values):
+            finish(plan.main(kind, seed), value)
+    said = results.shortfalls(plan, list(results.ORDER))
+    assert said == [
+        "`o_lora` does not beat `sequential`: -5.0 points over 2 seeds.",
+        "`replay` beats `sequential` by 6.3 points over 3 seeds, but not at every one.",
+        "`ewc` does not beat `full`: +0.0 points over 1 seed.",
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- begin smollm2_135m -->\nstale\n<!-- end smollm2_135m -->\nz\n")
+    monkeypatch.setattr(results, "PAGE", page)
+    for _ in range(2):
+        results.write_page(plan, list(results.ORDER))
+    text = page.read_text()
+    assert text.startswith("a\n<!-- begin")
+    assert text.endswith(f"\n\n{' '.join(said)}\n<!-- end smollm2_135m -->\nz\n")
+    assert "stale" not in text
+
+
 class Done:
     def __init__(self, returncode):
         self.returncode = returncode
