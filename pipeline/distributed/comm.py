@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -159,9 +159,25 @@ def gather_rows(block: torch.Tensor, rows: int, rank: int, world: int) -> torch.
     return torch.cat([part[: s.stop - s.start] for part, s in zip(parts, sizes, strict=True)])
 
 
-def owners_of(names: Iterable[str], world: int) -> dict[str, int]:
-    """Which rank computes what all ranks need of each name in a list: round robin."""
-    return {name: number % world for number, name in enumerate(names)}
+def owners_of(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Which rank decomposes the [size, size] matrix of each name, all of which are needed by all.
+
+    The largest go first, each to the rank with the least to do so far, as size cubed counts it:
+    taken in turn, the wide inputs of every block's down-projection could fall to one rank.
+
+    Args:
+        sizes: Name -> size, in the same order on every rank.
+        world: Ranks in all.
+
+    Returns:
+        Name -> rank, in the order of `sizes`.
+    """
+    load = [0] * world
+    owners: dict[str, int] = {}
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += size**3
+    return {name: owners[name] for name in sizes}
 
 
 def sum_to_owners(

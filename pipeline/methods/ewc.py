@@ -21,6 +21,7 @@ from pydantic import Field
 
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
 from accrete.pipeline.errors import DistributedError
+from accrete.pipeline.math.fisher import BLOCK_ELEMENTS
 from accrete.pipeline.math.fisher_variants import diagonal_penalty
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.statistics import visit_row_gradients
@@ -109,13 +110,17 @@ class Ewc(Method):
                     f"{name} is partitioned while its gradient is made; EWC needs it whole there. "
                     "Use engine.zero_stage=2."
                 )
-            block = row_block(_rows(weight).shape[0], rank, world)
-            moved = _rows(weight)[block] - self.anchors[name]
-            value, pull = diagonal_penalty(self.fisher[name], moved, self.settings.lambda_)
             assert self._value is not None
-            self._value += value
+            block = row_block(_rows(weight).shape[0], rank, world)
             pulled = gradient.clone()
-            _rows(pulled)[block] += pull.mul_(world)
+            # A few rows at a time: an embedding's own copies would be the highest moment of a step.
+            rows = (_rows(weight)[block], self.anchors[name], self.fisher[name])
+            for now, anchor, fisher, target in zip(
+                *map(_in_parts, (*rows, _rows(pulled)[block])), strict=True
+            ):
+                value, pull = diagonal_penalty(fisher, now - anchor, self.settings.lambda_)
+                self._value += value
+                target += pull.mul_(world)
             return pulled
 
         return hook
@@ -204,6 +209,11 @@ class Ewc(Method):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _in_parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of at most `BLOCK_ELEMENTS` elements, or of one row."""
+    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(1, rows[:1].numel())))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ class Gpm(Method):
             if layer.name in self._inputs
         }
         world = stage.engine.world
-        owners = owners_of(sorted(sizes), world)
+        owners = owners_of(dict(sorted(sizes.items())), world)
         seen = covariances(stage, sizes, owners, max_rows=self.settings.rows)
         # First all decompositions, each on its rank, then all sending: the ranks work side by side.
         grown = {

@@ -63,15 +63,20 @@ class InfLora(Method):
         self.settings = config
         self.memory: dict[str, DualMemory] = {}
         """Name of an input -> what is protected there; this rank's share of them."""
-        self._names: list[str] = []
-        """All inputs, sorted: their places say who owns them."""
+        self._sizes: dict[str, int] = {}
+        """d_in of every input, by sorted names."""
         self._place = (0, 1)
         self._device = torch.device("cpu")
 
     def bind(self, rank: int, world: int, device: torch.device) -> None:
-        """Remember which inputs are this rank's."""
+        """Remember where this process stands."""
         self._place = (rank, world)
         self._device = device
+
+    @property
+    def _owners(self) -> dict[str, int]:
+        """Input -> the rank that keeps its memory and decomposes for it."""
+        return owners_of(self._sizes, self._place[1])
 
     def trainable(self, factor: str) -> bool:
         """B alone."""
@@ -82,7 +87,7 @@ class InfLora(Method):
     def on_task_start(self, stage: Stage) -> None:
         """Measure the new task's inputs and write A. Collective: yes."""
         readers = self._readers(stage)
-        totals = self._covariances(stage, readers)
+        totals = self._covariances(stage)
         world, rank = self._place[1], stage.config.adapter.rank
         # First all decompositions, each on its rank, then all sending: the ranks work side by side.
         found: dict[str, torch.Tensor] = {}
@@ -90,9 +95,9 @@ class InfLora(Method):
             inputs = powered(totals.pop(name), self.settings.power)
             found[name] = open_directions(self.memory.get(name), inputs, rank)
         narrow = 0
-        for name, owner in owners_of(self._names, world).items():
+        for name, owner in self._owners.items():
             layers = readers[name]
-            a = torch.zeros(rank, layers[0].module.base_layer.in_features, device=self._device)
+            a = torch.zeros(rank, self._sizes[name], device=self._device)
             if name in found:
                 a[: len(found[name])] = found[name] / math.sqrt(3)
             broadcast(a, owner, world)
@@ -107,16 +112,14 @@ class InfLora(Method):
         readers: dict[str, list[AdaptedLayer]] = {}
         for layer, name in input_names(stage).items():
             readers.setdefault(name, []).append(stage.adapted.layers[layer])
-        self._names = sorted(readers)
+        self._sizes = {
+            name: readers[name][0].module.base_layer.in_features for name in sorted(readers)
+        }
         return readers
 
-    def _covariances(
-        self, stage: Stage, readers: dict[str, list[AdaptedLayer]]
-    ) -> dict[str, torch.Tensor]:
+    def _covariances(self, stage: Stage) -> dict[str, torch.Tensor]:
         """Of the inputs that this rank owns. Collective: yes."""
-        sizes = {name: readers[name][0].module.base_layer.in_features for name in self._names}
-        owners = owners_of(self._names, self._place[1])
-        return covariances(stage, sizes, owners, max_rows=self.settings.rows)
+        return covariances(stage, self._sizes, self._owners, max_rows=self.settings.rows)
 
     # -- the memory ---------------------------------------------------------------------------
 
@@ -124,7 +127,8 @@ class InfLora(Method):
         """Protect the finished task's inputs, as the trained model sees them. Collective: yes."""
         eps = self.settings.eps
         share = eps + (1 - eps) * stage.index / len(stage.config.tasks)
-        totals = self._covariances(stage, self._readers(stage))
+        self._readers(stage)
+        totals = self._covariances(stage)
         for name in list(totals):
             inputs = powered(totals.pop(name), self.settings.power)
             one_fewer = self.settings.first_fill == "one_fewer"
@@ -135,7 +139,7 @@ class InfLora(Method):
         """Every input's basis, of the protected or of the free space. Collective: yes."""
         rank, world = self._place
         tensors: dict[str, torch.Tensor] = {}
-        for name, owner in owners_of(self._names, world).items():
+        for name, owner in self._owners.items():
             mine = self.memory.get(name)
             basis = broadcast_any(None if mine is None else mine.basis, owner, world)
             free = torch.tensor([0 if mine is None else int(mine.free)], device=self._device)
@@ -146,17 +150,16 @@ class InfLora(Method):
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Keep the inputs that this rank owns."""
-        rank, world = self._place
         found: dict[str, DualMemory] = {}
         for key, basis in tensors.items():
             free = key.startswith(FREE)
             name = key.removeprefix(FREE if free else PROTECTED)
             found[name] = DualMemory(basis, free)
-        self._names = sorted(found)
+        self._sizes = {name: found[name].basis.shape[0] for name in sorted(found)}
         self.memory = {
             name: DualMemory(found[name].basis.to(self._device, copy=True), found[name].free)
-            for name, owner in owners_of(self._names, world).items()
-            if owner == rank
+            for name, owner in self._owners.items()
+            if owner == self._place[0]
         }
 
     def state_bytes(self) -> int:

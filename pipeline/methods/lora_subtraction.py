@@ -138,7 +138,7 @@ class LoraSubtraction(Method):
         for layer in stage.adapted.layers.values():
             readers.setdefault(sources[layer.name], []).append(layer)
         sizes = {name: layers[0].module.base_layer.in_features for name, layers in readers.items()}
-        owners = owners_of(readers, stage.engine.world)
+        owners = owners_of(sizes, stage.engine.world)
         with stage.past.subtracted():
             seen = covariances(stage, sizes, owners, max_rows=self.settings.feature_rows)
         # First all decompositions, each on its rank, then all sending: the ranks work side by side.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import toys
 
 from accrete.pipeline.data.collate import Batch
-from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.distributed.comm import Ranks, owners_of
 from accrete.pipeline.models.config import AdapterConfig
 from accrete.pipeline.models.lora import AdaptedModel
 from accrete.pipeline.stage_runner import StageRunner
@@ -204,3 +204,15 @@ def test_the_model_is_left_as_it_was(make_stage, model):
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+
+
+def test_owners_share_the_work_of_the_decompositions():
+    """Two blocks of a decoder: in turn, both down-projections would fall to the second rank."""
+    block = {"q": 2048, "o": 2048, "gate": 2048, "down": 8192}
+    sizes = {f"{number}.{name}": size for number in (0, 1) for name, size in block.items()}
+    owners = owners_of(sizes, 2)
+    assert list(owners) == list(sizes)
+    assert {owners["0.down"], owners["1.down"]} == {0, 1}
+    assert sorted(owners.values()) == [0] * 4 + [1] * 4
+    assert owners_of(dict.fromkeys("abcde", 7), 3) == {"a": 0, "b": 1, "c": 2, "d": 0, "e": 1}
+    assert set(owners_of(sizes, 1).values()) == {0}

@@ -22,6 +22,7 @@ from accrete.pipeline.distributed.comm import Ranks, row_block
 from accrete.pipeline.distributed.engine import OptimizerSettings
 from accrete.pipeline.distributed.plain import PlainEngine
 from accrete.pipeline.errors import DistributedError
+from accrete.pipeline.methods import ewc
 from accrete.pipeline.methods.ewc import Ewc, EwcConfig
 from accrete.pipeline.stage_runner import StageRunner
 
@@ -79,8 +80,10 @@ def step_gradient(stage, method, loss, accumulation=1):
     return {name: stage.engine.gradient(name) for name in stage.engine.parameters}
 
 
-def test_the_pull_is_the_gradient_of_the_penalty():
-    """fp64, through the hooks, with two micro-batches: it counts once a step."""
+@pytest.mark.parametrize("elements", [ewc.BLOCK_ELEMENTS, 8, 1])
+def test_the_pull_is_the_gradient_of_the_penalty(monkeypatch, elements):
+    """fp64, through the hooks, with two micro-batches: it counts once a step, in any parts."""
+    monkeypatch.setattr(ewc, "BLOCK_ELEMENTS", elements)
     fishers, anchors = draw(1, positive=True), draw(2)
     method, module = Ewc(EwcConfig(lambda_=7.0)), Weights(3)
     stage = setup(module, method, accumulation=2)
