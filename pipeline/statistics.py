@@ -79,7 +79,7 @@ def visit_row_gradients(
 
     For parameters of any kind, weights of norms and embeddings among them. Hooks on outputs cannot
     tell rows apart there (a table of relative positions has no row dimension), so this goes row by
-    row: exact, but slower than `visit_gradients`, and one whole gradient is held at a time.
+    row: exact, but slower than `visit_gradients`. One parameter's gradient is held at a time.
 
     Args:
         stage: The stage; its weights are not changed.
@@ -97,6 +97,10 @@ def visit_row_gradients(
     seen, step = 0, 0
     was_training = engine.module.training
     engine.module.eval()
+    handles = [
+        parameter.register_hook(_row_gradient_shown(name, visit))  # type: ignore[no-untyped-call]
+        for name, parameter in engine.parameters.items()
+    ]
     while seen < total:
         rows = stage.global_batch(step)[: total - seen]
         mine = rows[engine.rank :: engine.world]
@@ -107,13 +111,21 @@ def visit_row_gradients(
             if token_mean:
                 loss = loss / (batch.labels != IGNORED).sum().clamp(min=1)
             # As in `visit_gradients`: `.grad` and DeepSpeed's hooks are left alone.
-            found = torch.autograd.grad(loss, list(engine.parameters.values()), allow_unused=True)
-            for name, gradient in zip(engine.parameters, found, strict=True):
-                if gradient is not None:
-                    visit(name, gradient)
+            torch.autograd.grad(loss, list(engine.parameters.values()), allow_unused=True)
         seen, step = seen + len(rows), step + 1
+    for handle in handles:
+        handle.remove()
     engine.module.train(was_training)
     return total
+
+
+def _row_gradient_shown(name: str, visit: RowVisit) -> Callable[[torch.Tensor], torch.Tensor]:
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        visit(name, gradient)
+        # What `autograd.grad` collects until its end, without memory of its own.
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    return hook
 
 
 InputVisit = Callable[[str, torch.Tensor], None]

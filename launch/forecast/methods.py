@@ -149,7 +149,8 @@ def _ewc(where: Situation) -> MethodCost:
         after_bytes=kept,
         step_bytes=before,
         saved_bytes=2.0 * weights,
-        pass_bytes=2.0 * weights,
+        # The sum of squares and a gradient, in two parts where two layers share a weight.
+        pass_bytes=weights + 2.0 * FP32 * max(where.plan.trained, default=0),
         gradient_rows=where.capped(where.settings.fisher_rows),
         one_by_one=True,
     )

@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from accrete.pipeline.errors import DistributedError
 
+AT_ONCE = 1 << 24
+"""Elements of a matrix that are reduced at once: gloo holds them a second time."""
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -127,8 +129,9 @@ def reduce_rows(matrix: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     if world > 1:
         for owner in range(world):
             block = matrix[row_block(matrix.shape[0], owner, world)]
-            if block.numel():
-                dist.reduce(block, dst=owner)
+            for part in torch.split(block, max(1, AT_ONCE // max(1, block[:1].numel()))):  # type: ignore[no-untyped-call]
+                if part.numel():
+                    dist.reduce(part, dst=owner)
     return matrix[row_block(matrix.shape[0], rank, world)].clone()
 
 

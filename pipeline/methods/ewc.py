@@ -6,8 +6,8 @@ empirical Fishers and w* an anchor.
 Cost: F and w* take 8 bytes per weight, rank k of N keeps the rows I_k of both. While the backward
 pass has a weight whole, as it must, each rank adds its own rows of lambda F (w - w*), multiplied by
 N; the reduction that happens anyway averages over ranks. No traffic is added to a training step.
-The Fisher pass at the end of a task goes row by row and holds one whole gradient and the sum of
-squares on every rank: 8 bytes per weight for that time, so cap it with `fisher_rows`.
+The Fisher pass at the end of a task goes row by row, so cap it with `fisher_rows`. Every rank then
+holds the sum of squares, 4 bytes per weight, and one parameter's gradient.
 """
 
 from __future__ import annotations
