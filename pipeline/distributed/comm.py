@@ -113,6 +113,11 @@ def row_block(rows: int, rank: int, world: int) -> slice:
     return slice(rows * rank // world, rows * (rank + 1) // world)
 
 
+def in_parts(matrix: torch.Tensor, elements: int) -> tuple[torch.Tensor, ...]:
+    """Views of whole rows, each of at most so many elements or of one row."""
+    return torch.split(matrix, max(1, elements // max(1, matrix[:1].numel())))
+
+
 def reduce_rows(matrix: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     """Sum a [rows, ...] matrix over ranks and keep this rank's row block.
 
@@ -129,7 +134,7 @@ def reduce_rows(matrix: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     if world > 1:
         for owner in range(world):
             block = matrix[row_block(matrix.shape[0], owner, world)]
-            for part in torch.split(block, max(1, AT_ONCE // max(1, block[:1].numel()))):  # type: ignore[no-untyped-call]
+            for part in in_parts(block, AT_ONCE):
                 if part.numel():
                     dist.reduce(part, dst=owner)
     return matrix[row_block(matrix.shape[0], rank, world)].clone()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
+from accrete.pipeline.distributed.comm import gather_rows, in_parts, reduce_rows, row_block
 from accrete.pipeline.errors import DistributedError
 from accrete.pipeline.math.fisher import BLOCK_ELEMENTS
 from accrete.pipeline.math.fisher_variants import diagonal_penalty
@@ -115,9 +115,8 @@ class Ewc(Method):
             pulled = gradient.clone()
             # A few rows at a time: an embedding's own copies would be the highest moment of a step.
             rows = (_rows(weight)[block], self.anchors[name], self.fisher[name])
-            for now, anchor, fisher, target in zip(
-                *map(_in_parts, (*rows, _rows(pulled)[block])), strict=True
-            ):
+            parts = (in_parts(part, BLOCK_ELEMENTS) for part in (*rows, _rows(pulled)[block]))
+            for now, anchor, fisher, target in zip(*parts, strict=True):
                 value, pull = diagonal_penalty(fisher, now - anchor, self.settings.lambda_)
                 self._value += value
                 target += pull.mul_(world)
@@ -209,11 +208,6 @@ class Ewc(Method):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def _in_parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of at most `BLOCK_ELEMENTS` elements, or of one row."""
-    return torch.split(rows, max(1, BLOCK_ELEMENTS // max(1, rows[:1].numel())))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

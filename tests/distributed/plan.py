@@ -10,11 +10,6 @@ from plan_base import BATCH, CUT, METHODS, MODELS, STAGES, counted, micro
 from plan_methods import method_resumes, method_traffics, methods, pooled
 
 
-def accumulations(world: int, method: str) -> tuple[int, ...]:
-    """Micro-batches a step: both numbers with each method, on four processes one with each."""
-    return (1, 2) if world < 4 else (1 if method == "ewc_lora" else 2,)
-
-
 def equivalence(world: int) -> list[Case]:
     return [
         Case(
@@ -30,7 +25,7 @@ def equivalence(world: int) -> list[Case]:
         for method in METHODS
         for model in MODELS
         for zero in STAGES
-        for accumulation in accumulations(world, method)
+        for accumulation in (1, 2)
     ]
 
 
