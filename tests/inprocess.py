@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from subprocess import CompletedProcess
 from typing import Any
 
@@ -36,26 +35,18 @@ def free_port() -> int:
         return port
 
 
-@contextmanager
-def alone(**environment: str) -> Iterator[None]:
-    """In here, runs stay in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.setattr(api, "_launch", stay_here)
-        yield
-
-
 def call(*arguments: object, **environment: str) -> CompletedProcess[str]:
     """`accrete` with these arguments; its exit status and what it wrote."""
     command = ["accrete", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
     with (
-        alone(**environment),
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(out),
         redirect_stderr(err),
     ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(api, "_launch", stay_here)
         patch.setattr(sys, "argv", command)
         try:
             cli.main()

@@ -11,13 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import inprocess
 import pytest
 import torch
-from inprocess import PLAIN
 from safetensors.torch import load_file
-
-from accrete.launch.api import load_recipe, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -145,14 +141,30 @@ def test_a_finished_run_is_only_read(whole, accrete_here):
 
 
 def test_python_in_three_lines(recipe, environment, tmp_path):
-    overrides = ("train.max_steps=2", "method=sequential", *PLAIN)
-    with inprocess.alone(ACCRETE_CACHE=environment["ACCRETE_CACHE"]):
-        result = run(load_recipe(recipe, *overrides), tmp_path / "run", procs=1)
-    assert result.finished
-    assert [len(row) for row in result.matrix] == [1, 2, 3]
-    assert METRICS - {"forward_transfer"} <= result.metrics.keys()
+    folder = tmp_path / "run"
+    script = (
+        "import json\n"
+        "from accrete.launch.api import load_recipe, run\n"
+        f"result = run(load_recipe({str(recipe)!r}, 'train.max_steps=2', 'method=sequential'),"
+        f" {str(folder)!r}, procs=1)\n"
+        "print(json.dumps([result.finished, result.matrix, result.metrics]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    finished, matrix, metrics = json.loads(done.stdout.splitlines()[-1])
+    assert finished
+    assert [len(row) for row in matrix] == [1, 2, 3]
+    written = json.loads((folder / "matrix.json").read_text())
+    assert (matrix, metrics) == (written["matrix"], written["metrics"])
+    assert set(metrics) == METRICS
     # One adapter for all tasks: no Fisher in the checkpoint, and the factors go on.
-    stage = tmp_path / "run" / "checkpoints" / "stage-1"
+    stage = folder / "checkpoints" / "stage-1"
     assert not load_file(stage / "method.safetensors")
     assert json.loads((stage / "checkpoint.json").read_text())["live"]
 
