@@ -1,4 +1,4 @@
-"""About how many bytes a run will write, from the weights that lie in the cache."""
+"""About how many bytes a run will write: what `accrete plan` forecasts, without reading a row."""
 
 from __future__ import annotations
 
@@ -10,44 +10,32 @@ if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
 
 FLOOR = 2**28
-"""Events, predictions, the report."""
-FACTOR_PART = 0.02
-"""LoRA factors and what a method keeps for them, as a part of all weights: rank 8 on queries and
-values takes 0.3 % of T5-large, and a method's own statistics a few times that."""
-FP32 = 4
+"""Events, the report, and what rows longer or more than assumed would add."""
+ROWS = "10000/1000/16"
+"""Rows of every task, to train on and to score, and tokens of an answer."""
 
 
 def bytes_needed(config: RunConfig, model: Path | None) -> int | None:
-    """Bytes that the run folder will take, about; None if the weights are not there to count.
+    """Bytes that the run folder will take, about; None if the model's configuration is not there.
 
     Args:
         config: The recipe.
         model: Folder of the base model.
     """
-    from accrete.pipeline.methods.registry import method_class
-
-    parameters = None if model is None else count_parameters(model)
-    if parameters is None:
-        return None
-    whole = method_class(config.method.kind)(config.method).trains == "weights"
-    trained = parameters * FP32 * (1 if whole else FACTOR_PART)
-    # A step checkpoint holds weights and two moments; one more exists while it is written.
-    steps = config.checkpoint.keep + 1 if config.checkpoint.every_steps else 0
-    stages = len(config.tasks)
-    return FLOOR + math.ceil(trained * (3 * steps + 2 * stages))
-
-
-def count_parameters(model: Path) -> int | None:
-    """Numbers in a folder's safetensors files; None if there are none."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(model.glob("*.safetensors"))
-    total = 0
     try:
-        for file in files:
-            with safe_open(file, framework="np") as content:
-                for name in sorted(content.keys()):
-                    total += math.prod(content.get_slice(name).get_shape())
-    except (OSError, SafetensorError):
+        from accrete.launch.forecast.recipe import Assumed, assumed_tasks
+        from accrete.launch.forecast.run import Forecaster
+        from accrete.launch.forecast.shapes import ModelPlan
+    except ImportError:  # a library is missing, and the lines on versions say so
         return None
-    return total or None
+    from accrete.pipeline.errors import ModelError
+
+    if model is None:
+        return None
+    try:
+        plan = ModelPlan.of(config, str(model), "cpu")
+    except ModelError:
+        return None
+    tasks = assumed_tasks(config, Assumed.parse(ROWS))
+    # What lies on disk is whole, for any number of ranks.
+    return FLOOR + math.ceil(Forecaster(plan, tasks, world=1).disk().run_folder)

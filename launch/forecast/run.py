@@ -164,6 +164,20 @@ class Forecaster:
 
     # -- the parts ----------------------------------------------------------------------------
 
+    @property
+    def ahead(self) -> list[TaskRows]:
+        """Tasks that the untrained model is scored on."""
+        return self.tasks[1:] if self.config.eval.forward_transfer else []
+
+    def seen(self, index: int) -> list[TaskRows]:
+        """Tasks that are scored after a stage."""
+        return self.tasks[: index + 1 + self.config.eval.forward_transfer]
+
+    @cached_property
+    def costs(self) -> list[MethodCost]:
+        """The method's, of every stage."""
+        return [self.cost(index) for index in range(len(self.tasks))]
+
     def cost(self, index: int) -> MethodCost:
         """The method's, at a stage."""
         task = self.tasks[index]
@@ -182,8 +196,7 @@ class Forecaster:
     def memory(self, index: int, cost: MethodCost) -> list[RankMemory]:
         """Of a stage, at every ZeRO stage."""
         trace = self.tracer.trace(self.largest(self.tasks[index]))
-        seen = self.tasks[: index + 1 + self.config.eval.forward_transfer]
-        scoring = max(self.tracer.scoring(self.scored(task)) for task in seen)
+        scoring = max(self.tracer.scoring(self.scored(task)) for task in self.seen(index))
         trace = replace(trace, scoring=scoring)
         return [
             rank_memory(
@@ -196,17 +209,18 @@ class Forecaster:
         """Bytes that a rank sends in a step."""
         return step_traffic(self.plan, stage, self.world, self.accumulation).wire(self.world)
 
+    def disk(self) -> Disk:
+        """What the whole run writes."""
+        scored = [*self.ahead, *(task for i in range(len(self.tasks)) for task in self.seen(i))]
+        stored = sum(task.stored for task in self.tasks)
+        return disk(self.plan, self.costs, sum(task.scored for task in scored), stored)
+
     def forecast(self, speed: Speed | None) -> RunForecast:
         """The whole run.
 
         Args:
             speed: Turns arithmetic into seconds; None: no seconds.
         """
-        costs = [self.cost(index) for index in range(len(self.tasks))]
-        stages = [self._stage(index, cost, speed) for index, cost in enumerate(costs)]
-        transfer = self.config.eval.forward_transfer
-        ahead = self.tasks[1:] if transfer else []
-        scored = sum(stage.scored_rows for stage in stages) + sum(task.scored for task in ahead)
         return RunForecast(
             parameters=self.plan.base_parameters,
             trained=sum(self.plan.trained),
@@ -217,15 +231,17 @@ class Forecaster:
             accumulation=self.accumulation,
             speed="" if speed is None else speed.basis,
             rough=speed is None or speed.rough,
-            stages=stages,
+            stages=[self._stage(index, cost, speed) for index, cost in enumerate(self.costs)],
             traffic_bytes={
                 "plain" if stage is None else str(stage): self.wire(stage) for stage in self.stages
             },
             untrained_scoring_seconds=(
-                None if speed is None else sum(self._score_seconds(task, speed) for task in ahead)
+                None
+                if speed is None
+                else sum(self._score_seconds(task, speed) for task in self.ahead)
             ),
-            disk=disk(self.plan, costs, scored, sum(task.stored for task in self.tasks)),
-            notes=self._notes(costs),
+            disk=self.disk(),
+            notes=self._notes(),
         )
 
     def _stage(self, index: int, cost: MethodCost, speed: Speed | None) -> StageForecast:
@@ -237,7 +253,7 @@ class Forecaster:
         steps = planned_steps(config, index, per_epoch)
         full, rest = divmod(steps, per_epoch)
         rows = full * epoch + min(rest * batch, epoch)
-        seen = self.tasks[: index + 1 + config.eval.forward_transfer]
+        seen = self.seen(index)
         trace = self.tracer.trace(self.typical(task))
         flops = (trace.forward_flops * (1 + cost.step_forwards) + trace.backward_flops) * (
             self.accumulation
@@ -284,9 +300,9 @@ class Forecaster:
         timing = speed.timing(self.tracer.trace(self.typical(task)), 0.0)
         return task.scored / (self.rows * self.world) * timing.forward
 
-    def _notes(self, costs: Sequence[MethodCost]) -> list[str]:
+    def _notes(self) -> list[str]:
         notes = []
-        if any(not cost.known for cost in costs):
+        if any(not cost.known for cost in self.costs):
             notes.append(
                 f"method {self.config.method.kind} is not accrete's own: its state, passes and "
                 "further arithmetic are left out"
