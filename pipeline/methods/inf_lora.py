@@ -86,8 +86,7 @@ class InfLora(Method):
 
     def on_task_start(self, stage: Stage) -> None:
         """Measure the new task's inputs and write A. Collective: yes."""
-        readers = self._readers(stage)
-        totals = self._covariances(stage)
+        readers, totals = self._measure(stage)
         world, rank = self._place[1], stage.config.adapter.rank
         # First all decompositions, each on its rank, then all sending: the ranks work side by side.
         found: dict[str, torch.Tensor] = {}
@@ -107,19 +106,19 @@ class InfLora(Method):
         if narrow:
             stage.notes["inputs_without_room"] = float(narrow)
 
-    def _readers(self, stage: Stage) -> dict[str, list[AdaptedLayer]]:
-        """Input -> the layers that read it, which share A and M. Collective: at ZeRO 3."""
+    def _measure(
+        self, stage: Stage
+    ) -> tuple[dict[str, list[AdaptedLayer]], dict[str, torch.Tensor]]:
+        """Input -> the layers that read it, which share A and M; the covariances of the inputs that
+        this rank owns. Collective: yes.
+        """
         readers: dict[str, list[AdaptedLayer]] = {}
         for layer, name in input_names(stage).items():
             readers.setdefault(name, []).append(stage.adapted.layers[layer])
         self._sizes = {
             name: readers[name][0].module.base_layer.in_features for name in sorted(readers)
         }
-        return readers
-
-    def _covariances(self, stage: Stage) -> dict[str, torch.Tensor]:
-        """Of the inputs that this rank owns. Collective: yes."""
-        return covariances(stage, self._sizes, self._owners, max_rows=self.settings.rows)
+        return readers, covariances(stage, self._sizes, self._owners, max_rows=self.settings.rows)
 
     # -- the memory ---------------------------------------------------------------------------
 
@@ -127,8 +126,7 @@ class InfLora(Method):
         """Protect the finished task's inputs, as the trained model sees them. Collective: yes."""
         eps = self.settings.eps
         share = eps + (1 - eps) * stage.index / len(stage.config.tasks)
-        self._readers(stage)
-        totals = self._covariances(stage)
+        _, totals = self._measure(stage)
         for name in list(totals):
             inputs = powered(totals.pop(name), self.settings.power)
             one_fewer = self.settings.first_fill == "one_fewer"

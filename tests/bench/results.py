@@ -180,17 +180,16 @@ def table(plan: Plan, kinds: list[str]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in kinds:
-        runs = [plan.main(kind, seed) for seed in plan.seeds(kind)]
-        done = [run for run in runs if run is not None and run.matrix is not None]
+        done = finished(plan, kind)
         if not done:
             trials = sum(run.matrix is not None for run in plan.trials(kind))
             lines.append(f"| `{kind}` | not run yet ({trials} of {TRIALS} trials) | | | | | | |")
             continue
-        metrics = [run.matrix["metrics"] for run in done if run.matrix is not None]
-        seconds = [sum(e["seconds"] for e in run.events("run_finished")) for run in done]
-        state = max(e["state_bytes"] for e in done[-1].events("consolidated"))
+        runs, metrics = zip(*done.values(), strict=True)
+        seconds = [sum(e["seconds"] for e in run.events("run_finished")) for run in runs]
+        state = max(e["state_bytes"] for e in runs[-1].events("consolidated"))
         cells = [
-            _mean([m[name] for m in metrics])
+            _mean([found[name] for found in metrics])
             for name in ("average_performance", "backward_transfer", "plasticity")
         ]
         chosen = " ".join(f"`{text}`" for text in plan.chosen(kind) or ())
@@ -221,11 +220,17 @@ def shortfalls(plan: Plan, kinds: list[str]) -> list[str]:
 
 def scores(plan: Plan, kind: str) -> dict[int, float]:
     """Seed -> average performance, of what is finished."""
+    done = finished(plan, kind)
+    return {seed: float(metrics["average_performance"]) for seed, (_, metrics) in done.items()}
+
+
+def finished(plan: Plan, kind: str) -> dict[int, tuple[Run, dict[str, Any]]]:
+    """Seed -> a method's run over the whole sequence, and its metrics."""
     runs = {seed: plan.main(kind, seed) for seed in plan.seeds(kind)}
-    matrices = {seed: run.matrix for seed, run in runs.items() if run is not None}
+    matrices = {seed: (run, run.matrix) for seed, run in runs.items() if run is not None}
     return {
-        seed: float(matrix["metrics"]["average_performance"])
-        for seed, matrix in matrices.items()
+        seed: (run, matrix["metrics"])
+        for seed, (run, matrix) in matrices.items()
         if matrix is not None
     }
 

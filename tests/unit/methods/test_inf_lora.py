@@ -20,6 +20,7 @@ from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.methods.inf_lora import FREE, PROTECTED, InfLora, InfLoraConfig
 from accrete.pipeline.models.lora import initial_factors
 from accrete.pipeline.stage_runner import StageRunner
+from accrete.pipeline.statistics import input_names
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MODELS = ("t5", "llama")
@@ -49,11 +50,7 @@ class Watched:
             self.before.append({k: projector(m) for k, m in method.memory.items()})
             start(stage)
             self.started = stage.factors()
-            self.readers = {
-                layer.name: name
-                for name, layers in method._readers(stage).items()
-                for layer in layers
-            }
+            self.readers = input_names(stage)
 
         def on_task_end(stage):
             factors = stage.factors()
