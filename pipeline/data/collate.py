@@ -22,7 +22,7 @@ class Batch:
     """Keyword arguments of the model's forward."""
     labels: Tensor
     """[b, K] int64, -100 where ignored; logits[:, k] predicts labels[:, k], with no shift left to
-    do. Decoders: the last K positions of the sequence, for `logits_to_keep=K`."""
+    do. Decoders: the last K positions of the sequence, the only ones whose logits are made."""
     num_tokens: int
     """Label tokens that count."""
     ids: list[str]

@@ -9,6 +9,7 @@ import torch
 
 from accrete.pipeline.data.collate import IGNORED, Batch, Collator
 from accrete.pipeline.data.encode import EncodedRow
+from accrete.pipeline.stage import aligned_logits
 
 PAD, EOS, START = 0, 1, 0
 ROWS = [
@@ -125,10 +126,10 @@ def t5() -> Any:
 
 
 @torch.no_grad()
-def test_decoder_logits_to_keep_align_with_labels(causal: Collator, llama: Any) -> None:
+def test_decoder_logits_align_with_labels(causal: Collator, llama: Any) -> None:
     """Padded and kept logits give the loss that each row gives alone, unpadded and unshifted."""
     batch = causal.train(DECODER_ROWS, 3)
-    logits = llama(**batch.inputs, logits_to_keep=batch.labels.shape[1]).logits
+    logits = aligned_logits(llama, batch, seq2seq=False)
     assert logits.shape[:2] == batch.labels.shape
     assert torch.isfinite(logits).all()  # also where a row is all padding
     alone = 0.0
@@ -143,7 +144,7 @@ def test_decoder_logits_to_keep_align_with_labels(causal: Collator, llama: Any) 
 @torch.no_grad()
 def test_encoder_decoder_logits_align_with_labels(seq2seq: Collator, t5: Any) -> None:
     batch = seq2seq.train(ROWS, 3)
-    logits = t5(**batch.inputs).logits
+    logits = aligned_logits(t5, batch, seq2seq=True)
     assert torch.isfinite(logits).all()
     alone = sum(
         float(t5(input_ids=torch.tensor([r.prompt]), labels=torch.tensor([r.answer])).loss)
@@ -157,7 +158,7 @@ def test_encoder_decoder_logits_align_with_labels(seq2seq: Collator, t5: Any) ->
 def test_misaligned_labels_would_be_seen(causal: Collator, llama: Any) -> None:
     """Negative control of the two tests above."""
     batch = causal.train(DECODER_ROWS)
-    logits = llama(**batch.inputs, logits_to_keep=batch.labels.shape[1]).logits
+    logits = aligned_logits(llama, batch, seq2seq=False)
     right = float(answer_loss(logits, batch.labels))
     wrong = float(answer_loss(logits.roll(1, dims=1), batch.labels))
     assert abs(right - wrong) > 1e-3
