@@ -30,9 +30,14 @@ def deepspeed_config(
     bucket_elements: int,
     max_grad_norm: float | None,
     whole_below: int | None = None,
+    most_live: int | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed settings of a run: its own precision modes off, torch's optimizer as given."""
-    whole = {} if whole_below is None else {"stage3_param_persistence_threshold": whole_below}
+    wanted = {
+        "stage3_param_persistence_threshold": whole_below,
+        "stage3_max_live_parameters": most_live,
+        "stage3_max_reuse_distance": most_live,
+    }
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -43,7 +48,7 @@ def deepspeed_config(
             "reduce_bucket_size": bucket_elements,
             "allgather_bucket_size": bucket_elements,
             "overlap_comm": False,
-            **whole,
+            **{key: value for key, value in wanted.items() if value is not None},
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -66,6 +71,7 @@ class ZeroEngine:
         micro_batch: int,
         bucket_elements: int = 50_000_000,
         whole_below: int | None = None,
+        most_live: int | None = None,
     ) -> None:
         """Let DeepSpeed take a model over.
 
@@ -80,6 +86,8 @@ class ZeroEngine:
             bucket_elements: Size of the reduction buckets.
             whole_below: At ZeRO 3, parameters with fewer elements are not partitioned; default:
                 DeepSpeed's (1e5).
+            most_live: At ZeRO 3, elements of gathered parameters that a rank keeps for their next
+                use; default: DeepSpeed's (1e9). A larger model is gathered anew for the backward.
         """
         self.rank, self.world, self.device = ranks.rank, ranks.world, ranks.device
         self.accumulation = accumulation
@@ -97,6 +105,7 @@ class ZeroEngine:
             bucket_elements,
             settings.max_grad_norm,
             whole_below,
+            most_live,
         )
         self._optimizer = settings.build(list(parameters.values()))
         self._engine = _prepare(module, self._optimizer, config)
@@ -297,10 +306,23 @@ class ZeroEngine:
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(
-            list(parameters), modifier_rank=0 if write else None
-        ):
+        wanted = list(parameters)
+        self._call_back(wanted)
+        with deepspeed.zero.GatheredParameters(wanted, modifier_rank=0 if write else None):
             yield
+
+    def _call_back(self, parameters: list[Any]) -> None:
+        """Drop what DeepSpeed fetches ahead, if any of these parameters is among it.
+
+        A model of more elements than ZeRO 3 keeps gathered (1e9) is fetched anew for its backward,
+        ahead of use. A forward that no backward follows ends with weights on their way, and
+        `GatheredParameters` takes such a weight as it is: empty.
+        """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if any(parameter.ds_status is ZeroParamStatus.INFLIGHT for parameter in parameters):
+            offload = self._engine.optimizer.parameter_offload
+            offload.get_param_coordinator()._clean_inflight_param_registry()
 
     def _shape(self, parameter: Any) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape

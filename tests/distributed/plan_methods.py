@@ -11,6 +11,8 @@ from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
 TASKS = {"tasks": 3, "rows": 15}
 """Two steps a task, the second of them not full and divided unequally over two and four ranks."""
 TOYS = {"t5": "t5_uneven", "llama": "llama"}
+MOST_LIVE = 16_000
+"""Elements of gathered parameters that a rank keeps at ZeRO 3: half of the toy T5's."""
 STEPS, CUT = 2, 1
 """Steps of a task; step of the second task after which a run is cut."""
 
@@ -92,9 +94,10 @@ def pooled(world: int, zero: int | None) -> list[Case]:
 
 
 def in_pieces(kind: str, model: str, zero: int | None) -> dict[str, int]:
-    """The setting that has DeepSpeed partition every parameter, where it is wanted."""
+    """The settings that have DeepSpeed partition every parameter and keep few of them gathered, as
+    with models of more than 1e9, where they are wanted."""
     wanted = zero == 3 and model == "t5" and kind in PARTITIONED
-    return {"whole_below": 0} if wanted else {}
+    return {"whole_below": 0, "most_live": MOST_LIVE} if wanted else {}
 
 
 def resumed_model(kind: str) -> str:

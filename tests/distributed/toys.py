@@ -187,6 +187,7 @@ def make_parts(
     closed: int | None = None,
     lines: float | None = None,
     whole_below: int | None = None,
+    most_live: int | None = None,
 ) -> Parts:
     """All pieces of a run on a toy model; zero None is the plain engine.
 
@@ -247,6 +248,7 @@ def make_parts(
             micro_batch=micro,
             bucket_elements=2000,
             whole_below=whole_below,
+            most_live=most_live,
         )
     if chosen.peeks:
         engine.watch()
