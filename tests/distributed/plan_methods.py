@@ -11,8 +11,9 @@ from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
 TASKS = {"tasks": 3, "rows": 15}
 """Two steps a task, the second of them not full and divided unequally over two and four ranks."""
 TOYS = {"t5": "t5_uneven", "llama": "llama"}
-MOST_LIVE = 16_000
-"""Elements of gathered parameters that a rank keeps at ZeRO 3: half of the toy T5's."""
+IN_PIECES = {"whole_below": 0, "most_live": 16_000}
+"""At ZeRO 3: no parameter stays whole, and half of the toy T5 stays gathered, as of a model of 2e9
+elements; by default small parameters stay whole and toys are gathered once, as on the LLaMA."""
 STEPS, CUT = 2, 1
 """Steps of a task; step of the second task after which a run is cut."""
 
@@ -45,7 +46,7 @@ def methods(world: int) -> list[Case]:
                 "zero": zero,
                 "micro": BATCH // world,
                 **TASKS,
-                **(in_pieces(kind, model, zero) if world == 2 else {}),
+                **(IN_PIECES if (world, model, zero) == (2, "t5", 3) else {}),
                 **SETTINGS[kind],
             },
         )
@@ -55,20 +56,9 @@ def methods(world: int) -> list[Case]:
 
 
 WHOLE_WEIGHTS = ("full", "ewc", "gpm")
-"""Methods that train all weights: also with every weight in pieces."""
-PARTITIONED = (
-    *WHOLE_WEIGHTS,
-    "lora_subtraction_outputs",
-    "lora_subtraction_triplet",
-    "sr2_lora",
-    "sr2_lora_uncached",
-    "inf_lora",
-    "o_lora",
-    "keep_lora",
-)
-"""Methods that train all weights, read other weights than the factors, write frozen factors or
-look at trained ones in a step: on the T5 at ZeRO 3 with every parameter in pieces, where by default
-small ones stay whole, as they do on the LLaMA."""
+PARTITIONED = ("lora_subtraction_outputs", "lora_subtraction_triplet", "sr2_lora_uncached")
+"""Variants that run on the T5 at ZeRO 3 as well, as every method does: they read other weights than
+the factors or look at trained ones in a step."""
 FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
 """Methods that write A and train B alone."""
 
@@ -91,13 +81,6 @@ def pooled(world: int, zero: int | None) -> list[Case]:
     kind = "lora_subtraction_triplet"
     params = {"zero": zero, "micro": micro(world, 2), **TASKS, **SETTINGS[kind]}
     return [Case(f"methodpooled-{kind}", "sequence", {"model": TOYS["t5"], **params})]
-
-
-def in_pieces(kind: str, model: str, zero: int | None) -> dict[str, int]:
-    """The settings that have DeepSpeed partition every parameter and keep few of them gathered, as
-    with models of more than 1e9, where they are wanted."""
-    wanted = zero == 3 and model == "t5" and kind in PARTITIONED
-    return {"whole_below": 0, "most_live": MOST_LIVE} if wanted else {}
 
 
 def resumed_model(kind: str) -> str:
