@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FLOOR = 2**28
 """Events, the report, and what rows longer or more than assumed would add."""
-ROWS = "10000/1000/16"
+ROWS = (10_000, 1_000, 16)
 """Rows of every task, to train on and to score, and tokens of an answer."""
 
 
@@ -22,6 +22,8 @@ def bytes_needed(config: RunConfig, model: Path | None) -> int | None:
         config: The recipe.
         model: Folder of the base model.
     """
+    if model is None:
+        return None
     try:
         from accrete.launch.forecast.recipe import Assumed, assumed_tasks
         from accrete.launch.forecast.run import Forecaster
@@ -30,12 +32,10 @@ def bytes_needed(config: RunConfig, model: Path | None) -> int | None:
         return None
     from accrete.pipeline.errors import ModelError
 
-    if model is None:
-        return None
     try:
         plan = ModelPlan.of(config, str(model), "cpu")
     except ModelError:
         return None
-    tasks = assumed_tasks(config, Assumed.parse(ROWS))
+    tasks = assumed_tasks(config, Assumed(*ROWS))
     # What lies on disk is whole, for any number of ranks.
     return FLOOR + math.ceil(Forecaster(plan, tasks, world=1).disk().run_folder)
