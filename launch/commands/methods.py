@@ -53,7 +53,7 @@ def show(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show a method's card: what it is, where it comes from, and every setting.
+    """Show a method's card: where it comes from, what it keeps, costs and guarantees, its settings.
 
     Example: accrete methods show ewc_lora
     """
@@ -81,7 +81,11 @@ def _print_card(card: MethodCard) -> None:
         "flags": ", ".join(f"{key} {_word(value)}" for key, value in card.flags.items()),
     }
     for key, text in lines.items():
-        typer.echo(f"  {key:8}{text}")
+        typer.echo(f"  {key:12}{text}")
+    for key in ("kept", "cost", "guarantee", "deviations"):
+        text = getattr(card, key) or "not given"
+        wrapped = textwrap.wrap(text, 84, break_on_hyphens=False)
+        typer.echo(f"  {key:12}" + f"\n{'':14}".join(wrapped))
     if not card.settings:
         typer.echo("It has no settings.")
         return

@@ -47,6 +47,11 @@ class MethodCard:
     recipe: Path | None
     """The shipped group file that `method=NAME` takes."""
     flags: dict[str, str | bool]
+    kept: str
+    """What it carries from task to task; this and the next three are the class's own words."""
+    cost: str
+    guarantee: str
+    deviations: str
     settings: list[Setting]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +77,10 @@ def method_card(kind: str) -> MethodCard:
         code=f"{path if own_file else method.__module__}:{method.__name__}",
         recipe=named_file(f"{GROUPS['method']}/{kind}") if kind in METHODS else None,
         flags={name: getattr(method, name) for name in FLAGS},
+        kept=method.kept,
+        cost=method.cost,
+        guarantee=method.guarantee,
+        deviations=method.deviations,
         settings=_settings(method),
     )
 

@@ -45,6 +45,16 @@ class Method:
     """One line for `accrete methods ls`."""
     source: ClassVar[str] = ""
     """The paper."""
+    kept: ClassVar[str] = ""
+    """What it carries from task to task. Of this and the next three the first sentence says it in
+    short; further ones follow after ". ". `accrete methods show` prints them, docs/methods.md has
+    the same text."""
+    cost: ClassVar[str] = ""
+    """What it adds to a step and to a task."""
+    guarantee: ClassVar[str] = ""
+    """What holds whatever the data."""
+    deviations: ClassVar[str] = ""
+    """Where it differs from the paper or its code."""
     trains: ClassVar[Literal["factors", "weights"]] = "factors"
     """`weights`: the model's own weights are trained, in fp32 and without any adapter; they go on
     from task to task. Give `fresh_adapter = False` with it."""
@@ -85,7 +95,9 @@ class Method:
         return "exact"
 
     def on_sequence_start(self, stage: Stage) -> None:
-        """Once, with the untrained model. Not called again on resume (state is loaded instead)."""
+        """With the untrained model. On resume it is called again only while no task is finished;
+        later the state is loaded instead.
+        """
 
     def on_task_start(self, stage: Stage) -> None:
         """Engine and factors are ready, optimizer state is zero. Called again on resume in

@@ -56,6 +56,31 @@ class Ewc(Method):
     Config: ClassVar[type[MethodConfig]] = EwcConfig
     summary: ClassVar[str] = "all weights trained, pulled back where the Fisher is large (EWC)"
     source: ClassVar[str] = "Kirkpatrick et al., PNAS 2017; one running Fisher as in Huszar 2018"
+    kept: ClassVar[str] = (
+        "F and `w*` of every weight, 1/N per rank, constant in the number of tasks. 8 bytes per "
+        "weight"
+    )
+    cost: ClassVar[str] = (
+        "one pass over F and `w*` a step, a backward pass per row at a task's end. A step: 3 "
+        "passes over this rank's rows, in gradient hooks while the backward pass has the weight "
+        "whole (at ZeRO 3 as well: verified with every weight partitioned); no added collective. "
+        "A task's end: one row at a time (exact for weights of any kind), at most `fisher_rows` "
+        "rows; the sum of squares, 4 bytes per weight, and one parameter's gradient are held "
+        "whole by every rank meanwhile; one reduction"
+    )
+    guarantee: ClassVar[str] = (
+        "none hard; the penalty is exact. On quadratic losses with exact F and lambda = gamma = 1 "
+        "the weights are the joint optimum after every task (1e-10). R and its gradient are 0 "
+        "when a task starts. lambda = 0 is `full` to the bit. F does not depend on batch, order "
+        "or ranks"
+    )
+    deviations: ClassVar[str] = (
+        "F per sequence, one penalty around the latest weights. TreeLoRA's code sums squared "
+        "training-time gradients of each rank; here F is taken at the end of the task. A penalty "
+        "per task, as Kirkpatrick writes it, counts early tasks more than once from the third on: "
+        "that is `anchor: every`, not the default. `max_grad_norm` would count the penalty's "
+        "gradient"
+    )
     trains: ClassVar[Literal["factors", "weights"]] = "weights"
     fresh_adapter: ClassVar[bool] = False
 

@@ -83,7 +83,39 @@ class EwcLora(Method):
 
     Config: ClassVar[type[MethodConfig]] = EwcLoraConfig
     summary: ClassVar[str] = "full-space Fisher penalty on the LoRA update, exact merge (EWC-LoRA)"
-    source: ClassVar[str] = "Yao et al., EWC-LoRA (low-rank continual learning)"
+    source: ClassVar[str] = (
+        "Zheng et al. 2026, Revisiting Weight Regularization for Low-Rank Continual Learning"
+    )
+    kept: ClassVar[str] = (
+        "one diagonal Fisher, 1/N per rank, constant in the number of tasks. F of every adapted "
+        "W, fp32, split by rows. `rank1`: d_out/N + d_in numbers a layer. `separate`: as large as "
+        "the factors, 1/N per rank"
+    )
+    cost: ClassVar[str] = (
+        "one pass over F a step, one over the rows at a task's end. A step: 6 r d_out d_in / N "
+        "operations a layer, once, in gradient hooks; no added collective in any variant. A "
+        "task's end: forward and backward over its rows (or `fisher_rows`), one squared dense "
+        "gradient per sequence, one reduction by rows (`per_batch`: one per batch). `pretrained`: "
+        "once, before the first task"
+    )
+    guarantee: ClassVar[str] = (
+        "none hard; the penalty is exact. On quadratics with exact F and lambda = gamma = 1 the "
+        "sequential optimum is the joint one after every task (1e-10), two-task forgetting "
+        "follows the closed formula (1e-8). R and its gradient are exact for the F that is kept, "
+        "at every shard. lambda = 0 and `penalty: none` are `inc_lora` to the bit. `per_sequence` "
+        "F does not depend on batch, order or ranks"
+    )
+    deviations: ClassVar[str] = (
+        "F per sequence, exact merge, scores after the merge. The reference squares batch means "
+        "(`fisher: per_batch`) and adds A and B apart (`merge: factor_sum`). It scores a stage "
+        "before that merge, accrete after it: an exact merge changes no score but for rounding, "
+        "`factor_sum` changes the model, so it does not reproduce the reference's figures. True "
+        "labels, as in the reference's code. `separate`: `A*` is the task's own fresh A, `B*` = 0 "
+        "(no code exists). `pretrained`: on the first task's rows, in force from the second task "
+        "(neither is published). `rank1`: the outer product of F's own row and column sums, so "
+        "F's mass and lambda's meaning stay, instead of E[g^2] E[x^2]^T, which loses products of "
+        "different tokens"
+    )
     peeks: ClassVar[bool] = True
 
     def __init__(self, config: EwcLoraConfig) -> None:

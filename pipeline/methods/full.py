@@ -21,5 +21,21 @@ class Full(Method):
     Config: ClassVar[type[MethodConfig]] = FullConfig
     summary: ClassVar[str] = "all weights trained through all tasks, no adapter (SeqFT)"
     source: ClassVar[str] = "baseline of Wang et al. 2023 (O-LoRA)"
+    kept: ClassVar[str] = (
+        "nothing beside the weights. On disk each finished stage keeps every weight in its "
+        "checkpoint, 4 bytes each"
+    )
+    cost: ClassVar[str] = (
+        "gradients and AdamW moments of all weights. 16 bytes per weight in all, sharded as ZeRO "
+        "does; no collective beyond the engine's own. A task's ends: none"
+    )
+    guarantee: ClassVar[str] = (
+        "none against forgetting. Equal to a plain AdamW loop to 1e-5. The same numbers at every "
+        "ZeRO stage, also with every weight partitioned"
+    )
+    deviations: ClassVar[str] = (
+        "weights are trained in fp32 (bf16 weights are refused). A weight shared by several "
+        "modules counts once"
+    )
     trains: ClassVar[Literal["factors", "weights"]] = "weights"
     fresh_adapter: ClassVar[bool] = False

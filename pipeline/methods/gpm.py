@@ -59,6 +59,31 @@ class Gpm(Method):
     Config: ClassVar[type[MethodConfig]] = GpmConfig
     summary: ClassVar[str] = "linear layers trained orthogonally to earlier tasks' inputs (GPM)"
     source: ClassVar[str] = "Saha et al., Gradient Projection Memory (ICLR 2021)"
+    kept: ClassVar[str] = (
+        "one orthonormal basis per distinct input, whole on every rank. M [d_in, m] of earlier "
+        "inputs (layers that read one tensor share it); it grows to d_in at most"
+    )
+    cost: ClassVar[str] = (
+        "one projection per layer a step, one forward over the rows at a task's end. A step: 4 "
+        "d_out d_in m operations per layer after it. No collective at ZeRO 0 to 2; at ZeRO 3 one "
+        "gathering of every weight. Within a task K = W M [d_out, m] per layer; no snapshot of "
+        "the weights. A task's start: K. Its end: the forward over the rows (or `rows` of them), "
+        "a covariance [d_in, d_in] per distinct input on every rank, one decomposition each, "
+        "shared out over ranks"
+    )
+    guarantee: ClassVar[str] = (
+        "delta W M = 0 for the whole task, after AdamW and weight decay. To 1e-5 of delta W, "
+        "1e-10 on a linear regression in fp64. With `others: frozen` (default) rows whose inputs "
+        "lie in the spans are answered as before (1e-5). In general only the share 1 - "
+        "`threshold` of their inputs' squared length is exposed"
+    )
+    deviations: ClassVar[str] = (
+        "the update is projected instead of the gradient; embeddings, norms and head are frozen. "
+        "It is projected after the optimizer: the paper's SGD makes no difference between them, "
+        "Adam does. The basis is found from the covariance of all real tokens, whose eigenvectors "
+        "are the singular vectors of the representation matrix. One constant threshold for all "
+        "layers and tasks. `others: trained` lets embeddings, norms, biases and the head go"
+    )
     trains: ClassVar[Literal["factors", "weights"]] = "weights"
     fresh_adapter: ClassVar[bool] = False
 

@@ -21,3 +21,10 @@ class IncLora(Method):
     Config: ClassVar[type[MethodConfig]] = IncLoraConfig
     summary: ClassVar[str] = "a new LoRA adapter per task, old ones summed in (IncLoRA)"
     source: ClassVar[str] = "baseline of Wang et al. 2023 (O-LoRA)"
+    kept: ClassVar[str] = "the finished factors, as part of the past"
+    cost: ClassVar[str] = (
+        "none in fp32, where the past is folded into W. In bf16 one low-rank product whose rank "
+        "grows with the tasks"
+    )
+    guarantee: ClassVar[str] = "none; the merge is exact"
+    deviations: ClassVar[str] = "none"

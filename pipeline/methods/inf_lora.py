@@ -57,6 +57,37 @@ class InfLora(Method):
     Config: ClassVar[type[MethodConfig]] = InfLoraConfig
     summary: ClassVar[str] = "frozen A orthogonal to earlier tasks' inputs, DualGPM (InfLoRA)"
     source: ClassVar[str] = "Liang and Li, InfLoRA (CVPR 2024)"
+    kept: ClassVar[str] = (
+        "one basis per distinct input, 1/N of them per rank. In fp32, of the protected space or "
+        "of what is left, whichever is smaller: at most d^2/2 numbers. Query, key and value share "
+        "one, so do all cross-attentions"
+    )
+    cost: ClassVar[str] = (
+        "none in a step (B alone is trained); two forwards and eigenproblems a task. A step: "
+        "plain LoRA without A's gradient: less arithmetic, less traffic, no added collective. A "
+        "task: a forward over its rows at its start and another at its end, each with one sum "
+        "over ranks of d x d covariances and one eigenproblem of the free space per input, shared "
+        "out over the ranks. During a pass every rank holds all covariances (4 d^2 bytes per "
+        "distinct input)"
+    )
+    guarantee: ClassVar[str] = (
+        "A M = 0, so delta W x = 0 for every x in the protected space. To 1e-5, after AdamW with "
+        "weight decay, in both states of the memory, whatever the rank of the new inputs. Frozen "
+        "A is bit-identical on all ranks. M never shrinks and reaches its share. With `power: 1` "
+        "the mean square change of the first task's outputs is at most its squared norm times (1 "
+        "- eps) tr C. It holds for the inputs of each layer: what earlier layers change still "
+        "drifts"
+    )
+    deviations: ClassVar[str] = (
+        "energy in squared length, the first share reached, no vision head. The paper counts "
+        "squared length too (`power: 1`); the code counts squared eigenvalues of the covariance "
+        "and takes singular vectors of (I - M M^T) C: that is the same algorithm on C^2 (`power: "
+        "2`). The code's first fill stops one direction short, and keeps the wrong space if it is "
+        "more than half: the former is `first_fill: one_fewer`, the latter is not reproduced. If "
+        "fewer than r directions are left, the other rows of A are zero and `inputs_without_room` "
+        "says in how many inputs. Padding is left out; the task head, NCM clustering and seeds of "
+        "the vision code have no analogue"
+    )
 
     def __init__(self, config: InfLoraConfig) -> None:
         super().__init__(config)

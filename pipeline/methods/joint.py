@@ -33,6 +33,22 @@ class Joint(Method):
     Config: ClassVar[type[MethodConfig]] = JointConfig
     summary: ClassVar[str] = "one LoRA adapter trained anew on all tasks so far (upper bound)"
     source: ClassVar[str] = "multi-task learning (MTL) of the continual-learning literature"
+    kept: ClassVar[str] = "nothing; the rows of all tasks must stay"
+    cost: ClassVar[str] = (
+        "a step of `sequential`, but stage t trains on t + 1 tasks. So T tasks cost about T / 2 "
+        "times the work of `sequential`"
+    )
+    guarantee: ClassVar[str] = (
+        "a bound: every stage starts from the untrained model. An epoch is every row of all tasks "
+        "so far once, interleaved at random. Each task's own order is read front to back (streams "
+        "stay streams). The same for any number of ranks and after a resume"
+    )
+    deviations: ClassVar[str] = (
+        "every stage is trained, not the last one only. So every row of the matrix is that of a "
+        "real joint model; otherwise the other rows would be scores of an untrained model. Epochs "
+        "are those of the stage's newest task; a limit in steps is per stage and does not grow "
+        "with the rows. The mix is not sorted by length"
+    )
     fresh_adapter: ClassVar[bool] = False
     restarts: ClassVar[bool] = True
 

@@ -66,6 +66,39 @@ class KeepLora(Method):
     source: ClassVar[str] = (
         "Luo et al. 2026, KeepLoRA: continual learning with residual gradient adaptation"
     )
+    kept: ClassVar[str] = (
+        "one orthonormal basis per distinct layer input, 1/N per rank. [d_in, k] in fp32 on the "
+        "CPU of one rank, k grows to d_in at most. Query, key and value share one, so do all "
+        "cross-attentions of a T5; with `memory: gradients` there is one per layer. The principal "
+        "directions U_w of W_0 lie there too, but are not in checkpoints: they follow from W_0 "
+        "and are decomposed again when a run is resumed. Finished factors join the past exactly"
+    )
+    cost: ClassVar[str] = (
+        "none in a step (B alone is trained); passes and decompositions at a task's ends. A step: "
+        "A has no gradient and no moments, no added collective or arithmetic. A task's start: one "
+        "forward and backward over its rows (`gradient_rows`), one dense G [d_out, d_in] per "
+        "layer in fp32 on every rank, one reduction of it to the layer's owner, one fp64 "
+        "decomposition of the shorter side per layer (shared out over ranks), one broadcast of A. "
+        "Its end: one forward over the rows (`feature_rows`), one covariance [d_in, d_in] per "
+        "distinct input, its reduction and decomposition. Once: one decomposition per W_0"
+    )
+    guarantee: ClassVar[str] = (
+        "A M = 0, so delta W x = 0 for every x in the span of M = U_w + memory. After any "
+        "optimizer, weight decay and clipping (1e-5, fp32; tested after AdamW with weight decay). "
+        "It holds for the weights; `adapter.dropout` perturbs the training forward alone"
+    )
+    deviations: ClassVar[str] = (
+        "U_w on the input side, memory from all real tokens, exact bases, B from zero. The CLIP "
+        "code decomposes W untransposed, which only fits square weights, and averages inputs "
+        "position by position, which finds the mean activation alone. Bases are the smallest that "
+        "reach the share (its codes keep one fewer in places), fp32, orthonormal to 1e-5 (its "
+        "LLaVA code keeps fp16). G is a mean over rows in fp32 (batch means in fp16 there); its "
+        "SVD is exact (randomised without oversampling there). The memory holds eps_f of a task's "
+        "inputs by itself, shared by the layers that read them, and M joins it with U_w; the "
+        "reference counts what U_w holds towards eps_f, layer by layer: this protects at least as "
+        "much and takes more room. B starts at zero, as in the LLaVA code and version 2; the "
+        "first CLIP code's start from the gradient's SVD with W - s B A as base is not offered"
+    )
 
     def __init__(self, config: KeepLoraConfig) -> None:
         super().__init__(config)

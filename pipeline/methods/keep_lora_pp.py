@@ -39,6 +39,17 @@ class KeepLoraPp(KeepLora):
     source: ClassVar[str] = (
         "KeepLoRA++, the extension of Luo et al. 2026 (KeepLoRA) by layer scaling"
     )
+    guarantee: ClassVar[str] = (
+        "that of `keep_lora`: A M = 0. The branch of the i-th of n adapted blocks of a stack is "
+        "multiplied by g + (1 - g) i / (n - 1), in the forward and in the merged delta alike. It "
+        "stands in the saved adapters as peft's `alpha_pattern`, so `PeftModel.from_pretrained` "
+        "gives the same logits; an exported adapter of all tasks has it inside B"
+    )
+    deviations: ClassVar[str] = (
+        "B starts at zero, memory from features, a ramp per stack. The former two as in the "
+        "reference; the encoder-decoder form is this project's. Layers outside of blocks keep "
+        "scale 1. With AdamW a step of W is linear in the scale, with SGD quadratic"
+    )
 
     def __init__(self, config: KeepLoraPpConfig) -> None:
         super().__init__(config)

@@ -86,6 +86,39 @@ class LoraSubtraction(Method):
     Config: ClassVar[type[MethodConfig]] = LoraSubtractionConfig
     summary: ClassVar[str] = "updates inside the space of the unlearned model's features (LoRA-)"
     source: ClassVar[str] = "Liu and Chang 2025, LoRA Subtraction for Drift-Resistant Space"
+    kept: ClassVar[str] = (
+        "the finished factors; for closed labels one mean feature [d] per class. The means with "
+        "the triplet loss or `ncm` only. The space itself is found anew before every task and "
+        "thrown away"
+    )
+    cost: ClassVar[str] = (
+        "one projection of all A a step, one or two forward passes a task. A step: 4 r d min(k, "
+        "d-k) per distinct input: 1 ms of 2.9 s (0.03 %) at 2,048 tokens on four LLaMA-like "
+        "layers of width 768, one CPU core. No added collective at ZeRO 0 to 2; nor at ZeRO 3, "
+        "but that a factor above 1e5 elements (DeepSpeed's threshold) is gathered once a step. "
+        "The triplet loss adds one gather of [rows of a micro-batch, d] and [b, n + prototypes] "
+        "distances. A task's start: one forward pass over its rows (or `feature_rows`) and one "
+        "eigendecomposition per distinct input, shared out over the ranks; all covariances [d, d] "
+        "lie in memory at once for that time. Its end: with the triplet loss or `ncm`, one "
+        "forward pass"
+    )
+    guarantee: ClassVar[str] = (
+        "delta W P = delta W after every step, whatever Adam and weight decay do. To 1e-5, fp32, "
+        "in `mode: projected`; a gradient projected before Adam leaks more than 5 %. Without "
+        "earlier tasks: plain LoRA to the bit, but for the triplet loss. W_0 - V is used without "
+        "touching a weight. The triplet loss does not depend on how many ranks share a "
+        "micro-batch"
+    )
+    deviations: ClassVar[str] = (
+        "A starts in the space, P is idempotent, B is free; answers are generated. The reference "
+        "starts A anywhere, divides by the root of k and projects B on the space of the inputs "
+        "(`mode: reference`). Padding is left out of the covariance. Classes are (task, answer). "
+        "Candidates of the triplet loss carry no gradient and come from all ranks' rows of one "
+        "micro-batch, so the loss depends on `global_batch_size / accumulation`. Nearest class "
+        "means are only a diagnostic: `ncm` looks at training rows of the finished task alone, "
+        "among the classes of all tasks so far, and says nothing about older tasks. B starts at "
+        "zero also in reference mode (there: sparse noise of 0.01)"
+    )
 
     def __init__(self, config: LoraSubtractionConfig) -> None:
         super().__init__(config)

@@ -45,6 +45,28 @@ class Lwf(Method):
     Config: ClassVar[type[MethodConfig]] = LwfConfig
     summary: ClassVar[str] = "distillation from the model before the task, on the task's rows (LwF)"
     source: ClassVar[str] = "Li & Hoiem 2016, Learning without Forgetting"
+    kept: ClassVar[str] = (
+        "nothing beside the finished factors. The old model is the new one without its live adapter"
+    )
+    cost: ClassVar[str] = (
+        "one more forward a step. Without gradients, for every micro-batch from the second task "
+        "on, and one more vector of logits per label token. At ZeRO 3 that forward gathers the "
+        "weights once more; otherwise no added collective. A task's ends: none"
+    )
+    guarantee: ClassVar[str] = (
+        "none against forgetting; the loss is exact. T^2 KL(softmax(old / T), softmax(new / T)), "
+        "a mean over the step's label tokens whatever the ranks and micro-batches. The gradient "
+        "goes to the new model alone. 0, with gradient 0, when a task starts. The old model runs "
+        "without dropout and is the past exactly (fold and branch). The first task and `weight: "
+        "0` are `inc_lora` to the bit"
+    )
+    deviations: ClassVar[str] = (
+        "one output head, and a KL for the paper's cross-entropy. The old model's distribution "
+        "over the whole vocabulary stands for the old tasks' heads. The KL has the same gradients "
+        "and is 0 where the models agree. The teacher's logits are not cached: whole they are too "
+        "large, a few of the largest would not be exact. TreeLoRA's code computes the reversed "
+        "KL: `divergence: new_old`"
+    )
 
     def __init__(self, config: LwfConfig) -> None:
         super().__init__(config)

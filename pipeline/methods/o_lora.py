@@ -60,6 +60,29 @@ class OLora(Method):
     Config: ClassVar[type[MethodConfig]] = OLoraConfig
     summary: ClassVar[str] = "new adapters pulled orthogonal to earlier ones (O-LoRA)"
     source: ClassVar[str] = "Wang et al., Orthogonal Subspace Learning (EMNLP Findings 2023)"
+    kept: ClassVar[str] = (
+        "nothing beside the finished factors. On the device 1/N of the earlier tasks' A per rank, "
+        "4 r d_in bytes per layer and task (T5-large, q and v, rank 8, 15 tasks: 66 MB over all "
+        "ranks together); nothing in checkpoints"
+    )
+    cost: ClassVar[str] = (
+        "two batched products of A's a step. 4 R r d_in FLOPs per layer with R = r x finished "
+        "tasks, shared out over the ranks, in two products per shape of A; no added collective. "
+        "It grows with R as the arithmetic demands, the number of launches does not grow with the "
+        "tasks. A task's end: a copy of the A's to the device"
+    )
+    guarantee: ClassVar[str] = (
+        "none: a pull, not a projection; the penalty is exact. It and its gradient equal a loop "
+        "under autograd (1e-10 in fp64) and are 0 for orthogonal rows. Parts over ranks add up to "
+        "the whole. Both strengths 0 is `inc_lora` to the bit. The same run at every ZeRO stage"
+    )
+    deviations: ClassVar[str] = (
+        "none in the rule. Absolute values summed over all entries, Frobenius norms of every A "
+        "and B not squared, each layer and task counted in full, weight 1 per optimizer step. It "
+        "binds peft's A, the input side (the paper's letters are swapped). New rows can also meet "
+        "it by becoming short, which it does not prevent. `max_grad_norm` counts the penalty's "
+        "gradient too. `penalty_share` in the step events says how much of the gradient it is"
+    )
     peeks: ClassVar[bool] = True
 
     def __init__(self, config: OLoraConfig) -> None:

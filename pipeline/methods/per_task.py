@@ -26,5 +26,17 @@ class PerTask(Method):
     Config: ClassVar[type[MethodConfig]] = PerTaskConfig
     summary: ClassVar[str] = "a LoRA adapter for each task alone (read `plasticity`: its diagonal)"
     source: ClassVar[str] = "per-task fine-tuning (PerTaskFT) of the continual-learning literature"
+    kept: ClassVar[str] = "nothing. Each stage's adapter lies in its folder, as always"
+    cost: ClassVar[str] = "that of `sequential`"
+    guarantee: ClassVar[str] = (
+        "a bound: every stage equals a first stage on that task alone. To the bit, with the same "
+        "initial factors"
+    )
+    deviations: ClassVar[str] = (
+        "the matrix holds one model at a time. Papers score every task with its own adapter. Here "
+        "a[t, i] with i < t is the newest adapter on an older task, and their figure is the mean "
+        "of the diagonal: `plasticity`. `accrete compare` says so and prints the intransigence of "
+        "the other runs: plasticity of `per_task` minus their own"
+    )
     fresh_adapter: ClassVar[bool] = False
     restarts: ClassVar[bool] = True

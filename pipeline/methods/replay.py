@@ -60,12 +60,35 @@ class Replay(Method):
     Config: ClassVar[type[MethodConfig]] = ReplayConfig
     summary: ClassVar[str] = "one LoRA adapter; kept rows of earlier tasks are trained again"
     source: ClassVar[str] = "Chaudhry et al. 2019 (tiny episodic memories); Vitter 1985 (reservoir)"
+    kept: ClassVar[str] = (
+        "token ids of rows of earlier tasks, whole on every rank. With their origin: 4 bytes per "
+        "token and 24 per row, and once in every stage's checkpoint. With `per_task` it grows "
+        "with the tasks, with `reservoir` it is constant. One adapter goes on from task to task"
+    )
+    cost: ClassVar[str] = (
+        "that of the kept rows. A step: none beside the rows' own, no collective. Every kept row "
+        "is trained once an epoch, so an epoch is longer by their number; with `share` an epoch "
+        "is 1 / (1 - share) times as long. A task's end: the chosen rows' batches are read once "
+        "(each rank reads the same); no collective, no pass through the model"
+    )
+    guarantee: ClassVar[str] = (
+        "none against forgetting; the choice of rows depends on the seed alone. Exactly so many "
+        "different rows per task, or a uniform sample of the whole stream (chi-square over fixed "
+        "seeds). Order and content of every global batch are the same for any number of ranks, at "
+        "any step, after any resume. Rows of earlier tasks are never read again"
+    )
+    deviations: ClassVar[str] = (
+        "rows are mixed into the epoch, not drawn beside every batch. That is the text "
+        "literature's way; `share` gives the other. The mix is not sorted by length, so kept rows "
+        "cost some padding. Rows are kept as token ids: a branch with another tokenizer is "
+        "impossible anyway. A branch from another method begins with an empty memory"
+    )
     fresh_adapter: ClassVar[bool] = False
 
     def __init__(self, config: ReplayConfig) -> None:
         super().__init__(config)
         self.settings = config
-        self.kept: KeptRows | None = None
+        self.memory: KeptRows | None = None
         """The memory, whole on every rank (it is read by all of them)."""
         self.seen = 0
         """Training rows of all finished tasks."""
@@ -83,9 +106,9 @@ class Replay(Method):
                 "allowed: with batches of at least 2 rows, which hold new and kept ones. Raise "
                 "train.global_batch_size, or set method.share=null."
             )
-        if self.kept is None:
+        if self.memory is None:
             return rows
-        kept = KeptSource(self.kept, seed, stage.index, batch)
+        kept = KeptSource(self.memory, seed, stage.index, batch)
         if self.settings.share is None:
             return MixedRows([rows, kept], seed, stage.index, batch)
         replayed = min(max(round(self.settings.share * batch), 1), batch - 1)
@@ -95,7 +118,7 @@ class Replay(Method):
         """Choose among the task's own rows. Collective: no (every rank does the same)."""
         own = stage.rows_of(stage.index)
         random = generator(stage.config.seed, stage.index, 0, CHOICE)
-        old = [] if self.kept is None else self.kept.unpack()
+        old = [] if self.memory is None else self.memory.unpack()
         if self.settings.memory == "reservoir":
             places = reservoir(random, self.settings.rows, self.seen, own.num_rows)
         else:
@@ -105,9 +128,9 @@ class Replay(Method):
         found = reader.pick(0, places.values())
         slots = dict(enumerate(old))
         slots.update({slot: (stage.index, found[place]) for slot, place in places.items()})
-        self.kept = KeptRows.pack([slots[slot] for slot in range(len(slots))])
+        self.memory = KeptRows.pack([slots[slot] for slot in range(len(slots))])
         self.seen += own.num_rows
-        stage.notes["kept_rows"] = float(len(self.kept))
+        stage.notes["kept_rows"] = float(len(self.memory))
 
     def _quota(self, count: int) -> int:
         fraction = self.settings.fraction
@@ -115,12 +138,12 @@ class Replay(Method):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The kept rows and the number of rows seen."""
-        if self.kept is None:
+        if self.memory is None:
             return {}
         return {
-            "kept/tokens": self.kept.tokens,
-            "kept/lengths": self.kept.lengths,
-            "kept/origin": self.kept.origin,
+            "kept/tokens": self.memory.tokens,
+            "kept/lengths": self.memory.lengths,
+            "kept/origin": self.memory.origin,
             "seen/rows": torch.tensor([self.seen]),
         }
 
@@ -129,12 +152,12 @@ class Replay(Method):
         if not tensors:
             return
         names = ("tokens", "lengths", "origin")
-        self.kept = KeptRows(*(tensors[f"kept/{name}"] for name in names))
+        self.memory = KeptRows(*(tensors[f"kept/{name}"] for name in names))
         self.seen = int(tensors["seen/rows"])
 
     def state_bytes(self) -> int:
         """Bytes of the kept token ids, their lengths and origins."""
-        return 0 if self.kept is None else self.kept.num_bytes
+        return 0 if self.memory is None else self.memory.num_bytes
 
 
 def quota(random: np.random.Generator, size: int, count: int) -> list[int]:

@@ -21,4 +21,8 @@ class Sequential(Method):
     Config: ClassVar[type[MethodConfig]] = SequentialConfig
     summary: ClassVar[str] = "one LoRA adapter trained through all tasks (SeqLoRA)"
     source: ClassVar[str] = "baseline of Wang et al. 2023 (O-LoRA)"
+    kept: ClassVar[str] = "nothing beside the adapter"
+    cost: ClassVar[str] = "the measure of all others"
+    guarantee: ClassVar[str] = "none: it forgets"
+    deviations: ClassVar[str] = "none"
     fresh_adapter: ClassVar[bool] = False

@@ -55,6 +55,32 @@ class Sr2Lora(Method):
     Config: ClassVar[type[MethodConfig]] = Sr2LoraConfig
     summary: ClassVar[str] = "spectra of inter-layer relations held to the previous model (SR2)"
     source: ClassVar[str] = "SR2-LoRA (reference code: FqWan24/SR-2-LoRA)"
+    kept: ClassVar[str] = (
+        "nothing beside the finished factors. Within a task: the previous model's spectra, 4 "
+        "bytes per row and block on every rank (5,000 rows of T5-large: 1 MB), plus 16 bytes per "
+        "row to find them; dropped at the task's end"
+    )
+    cost: ClassVar[str] = (
+        "an L x L eigenvalue problem per row, one forward over a task's rows at its start. A "
+        "step: features of every block (one token per row and block; in an encoder the mean over "
+        "tokens), one problem per row and stack; no added collective. `cache: never` adds a "
+        "forward per micro-batch instead. A task's start: that forward, over the rows that the "
+        "task will see, and one sum over ranks of the spectra. Its end: nothing"
+    )
+    guarantee: ClassVar[str] = (
+        "none for features; the loss is exact. L_rel and its gradient are 0 at the start of a "
+        "task. The loss is a mean over the rows of a step, whatever the ranks and micro-batches. "
+        "Cached and recomputed spectra agree to 1e-5. The first task and `mu: 0` are `inc_lora` "
+        "to the bit. It holds spectra, not features: any orthogonal mixing of blocks or rotation "
+        "of features costs nothing"
+    )
+    deviations: ClassVar[str] = (
+        "other tokens for vision's CLS token, R divided by d, no classifier alignment. The last "
+        "prompt token (decoder), the mean over source tokens (encoder) and the start token (its "
+        "decoder), after the stack's final norm. Encoder and decoder losses are averaged. R is "
+        "divided by d and weighted by `mu` (`faithful` does neither). Dropout is off in the old "
+        "pass only (the reference has none at all). Classifier alignment has no analogue in text"
+    )
 
     def __init__(self, config: Sr2LoraConfig) -> None:
         """Refuse settings that contradict each other.

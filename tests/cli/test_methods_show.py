@@ -31,6 +31,7 @@ class MineConfig(MethodConfig):
 class Mine(Method):
     Config = MineConfig
     summary = "my own method"
+    kept = "nothing at all"
     fresh_adapter = False
 
 class Other(Mine):
@@ -64,6 +65,8 @@ def test_every_method_has_a_whole_card(kind: str, capsys: pytest.CaptureFixture[
     method = method_class(kind)
     assert (card["kind"], card["summary"], card["source"]) == (kind, method.summary, method.source)
     assert card["code"] == METHODS[kind]
+    for key in ("kept", "cost", "guarantee", "deviations"):
+        assert card[key] == getattr(method, key)
     assert set(card["flags"]) == {"trains", "fresh_adapter", "restarts", "peeks"}
     assert Path(card["recipe"]).is_file()
     assert Path(card["recipe"]).stem == kind
@@ -73,6 +76,9 @@ def test_every_method_has_a_whole_card(kind: str, capsys: pytest.CaptureFixture[
     assert accrete("methods", "show", kind) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{kind}: ")
+    said = " ".join(text.split())
+    for key in ("kept", "cost", "guarantee", "deviations"):
+        assert f" {key} {card[key]} " in said
     assert all(f"method.{setting['name']}: " in text for setting in card["settings"])
 
 
@@ -119,8 +125,10 @@ def test_a_file_in_words(mine: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert accrete("methods", "show", mine) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "mine: my own method"
-    assert "  recipe  none" in lines
-    assert "  source  not given" in lines
+    assert "  recipe      none" in lines
+    assert "  source      not given" in lines
+    assert "  kept        nothing at all" in lines
+    assert "  guarantee   not given" in lines
     assert "method.lambda: a number > 0; required" in lines
     assert "method.sizes: a list of integers; default [1, 2]" in lines
     assert "    How much. Over two lines." in lines

@@ -54,7 +54,7 @@ def by_origin(count=3):
 
 
 def kept_origins(method):
-    return [(stage, row.index) for stage, row in method.kept.unpack()]
+    return [(stage, row.index) for stage, row in method.memory.unpack()]
 
 
 def assert_rows_are_real(rows_with_stage):
@@ -149,7 +149,7 @@ def test_per_task_quota_is_exact_and_old_rows_stay(tmp_path):
     assert seen[1][:4] == seen[0]
     assert Counter(stage for stage, _ in seen[2]) == {0: 4, 1: 4, 2: 4}
     assert len(set(seen[2])) == 12
-    assert_rows_are_real(method.kept.unpack())
+    assert_rows_are_real(method.memory.unpack())
     assert method.seen == 3 * ROWS
 
 
@@ -165,7 +165,7 @@ def test_reservoir_keeps_its_size_and_mixes_tasks(tmp_path):
     origins = kept_origins(parts.method)
     assert len(origins) == len(set(origins)) == 12
     assert {stage for stage, _ in origins} == {0, 1, 2}
-    assert_rows_are_real(parts.method.kept.unpack())
+    assert_rows_are_real(parts.method.memory.unpack())
 
 
 def test_new_and_kept_rows_are_trained_once_an_epoch(tmp_path):
@@ -178,7 +178,7 @@ def test_new_and_kept_rows_are_trained_once_an_epoch(tmp_path):
 
     parts.method.before_step = record
     memories = []
-    parts.method.on_task_start = lambda stage: memories.append(parts.method.kept)
+    parts.method.on_task_start = lambda stage: memories.append(parts.method.memory)
     StageRunner(parts).run()
     for index in range(3):
         own = [(row.id, tuple(row.prompt)) for row in toys.ToyRows(index, ROWS, 8).all]
@@ -265,9 +265,9 @@ def test_state_goes_through_tensors_and_its_size_is_true(tmp_path):
     assert all(not value.is_floating_point() for value in state.values())
     other = Replay(ReplayConfig(rows=4))
     other.load_state_dict({name: value.clone() for name, value in state.items()})
-    assert other.kept.unpack() == method.kept.unpack()
+    assert other.memory.unpack() == method.memory.unpack()
     assert other.seen == method.seen
-    tokens = sum(len(row.prompt) + len(row.answer) for _, row in method.kept.unpack())
+    tokens = sum(len(row.prompt) + len(row.answer) for _, row in method.memory.unpack())
     assert method.state_bytes() == tokens * 4 + 12 * (2 * 4 + 2 * 8)
     assert method.state_bytes() == sum(
         value.numel() * value.element_size()
@@ -281,7 +281,7 @@ def test_nothing_is_kept_before_the_first_task(tmp_path):
     assert method.state_dict() == {}
     assert method.state_bytes() == 0
     method.load_state_dict({})  # a branch from another method
-    assert method.kept is None
+    assert method.memory is None
 
 
 def test_contradictions_are_refused(tmp_path):
