@@ -21,6 +21,8 @@ from accrete.pipeline.models.past import choose_mode
 if TYPE_CHECKING:
     from accrete.launch.forecast.trace import BatchShape, Tracer
 
+EIGEN_OPERATIONS = 9.0
+"""Nominal operations for each d^3 of a decomposition."""
 TOKEN = 8
 """Bytes of a token id in memory."""
 
@@ -45,6 +47,8 @@ class MethodCost:
     """Rows that run forward in passes."""
     gradient_rows: float = 0.0
     """Rows that run forward and backward in passes."""
+    eigen_flops: float = 0.0
+    """Decompositions of the passes, nominal fp64 operations of the busiest rank."""
     step_forwards: float = 0.0
     """Forwards without gradients that every micro-batch adds."""
     step_flops: float = 0.0
@@ -208,6 +212,7 @@ def _inf_lora(where: Situation) -> MethodCost:
         saved_bytes=bound * where.world,
         step_bytes=before,
         pass_bytes=_covariances(sizes),
+        eigen_flops=2.0 * _eigen(where, sizes),
         forward_rows=2.0 * where.capped(where.settings.rows),
     )
 
@@ -225,6 +230,7 @@ def _gpm(where: Situation) -> MethodCost:
         saved_bytes=bound,
         step_bytes=before + (where.dense + 2.0 * largest if active else 0.0),
         pass_bytes=_covariances(sizes),
+        eigen_flops=_eigen(where, sizes),
         forward_rows=float(where.capped(where.settings.rows)),
         step_flops=flops if where.index else 0.0,
     )
@@ -244,10 +250,15 @@ def _keep_lora(where: Situation) -> MethodCost:
     ends = features and settings.eps_f > 0
     again = not features and settings.eps_f > 0
     rows = float(where.capped(settings.gradient_rows))
+    shorter = [min(la.rows, la.columns) for la in where.plan.layers]
+    # Every gradient; before the first task every pretrained weight, too; and the memory's growth.
+    starts = 2.0 if settings.eps_w and not where.index else 1.0
+    grows = _eigen(where, columns) if settings.eps_f else 0.0
     return MethodCost(
         host_bytes=principal + (memory if where.index else 0.0),
         saved_bytes=memory * where.world,
         pass_bytes=max(where.dense + _widest(columns), _covariances(sizes) if ends else 0.0),
+        eigen_flops=starts * _eigen(where, shorter) + grows,
         gradient_rows=rows * (2.0 if again else 1.0),
         forward_rows=float(where.capped(settings.feature_rows)) if ends else 0.0,
     )
@@ -263,6 +274,7 @@ def _lora_subtraction(where: Situation) -> MethodCost:
         return MethodCost(after_bytes=prototypes, saved_bytes=prototypes, forward_rows=float(rows))
     sizes = where.inputs()
     bases = FP32 * sum(size * size / 2 for size in sizes)
+    outputs = [la.rows for la in where.plan.layers] if settings.b_mode == "output_cov" else []
     count = 2.0 * where.plan.config.adapter.rank * len(where.plan.layers) / max(1, len(sizes))
     return MethodCost(
         between_bytes=prototypes,
@@ -270,6 +282,7 @@ def _lora_subtraction(where: Situation) -> MethodCost:
         saved_bytes=prototypes,
         step_bytes=bases + prototypes,
         pass_bytes=_covariances(sizes) + bases,
+        eigen_flops=_eigen(where, sizes + outputs),
         forward_rows=float(where.capped(settings.feature_rows) + rows),
         step_flops=sum(4.0 * count * size * size / 2 for size in sizes),
     )
@@ -329,8 +342,22 @@ def _covariances(sizes: Sequence[int]) -> float:
 def _widest(sizes: Sequence[int]) -> float:
     """Scratch of the largest decomposition: the matrix, its vectors and a copy."""
     widest = max(sizes, default=0)
-    size = widened(torch.empty(widest, 0, device="meta")).element_size()
-    return 4.0 * widest * widest * size
+    return 4.0 * widest * widest * _precision(widest)
+
+
+def _eigen(where: Situation, sizes: Sequence[int]) -> float:
+    """Operations of the decompositions of matrices of these sizes, shared out among the ranks.
+
+    All eigenvectors of a symmetric matrix take about 9 d^3 operations; one of fp32 counts half, as
+    it takes half the time.
+    """
+    each = [EIGEN_OPERATIONS * d**3 * (_precision(d) / 8) for d in sizes]
+    return max(sum(each) / where.world, max(each, default=0.0))
+
+
+def _precision(size: int) -> int:
+    """Bytes of a number in a decomposition."""
+    return widened(torch.empty(size, 0, device="meta")).element_size()
 
 
 def kept_rows(settings: Any, finished: Sequence[int]) -> int:

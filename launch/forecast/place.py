@@ -11,6 +11,7 @@ from accrete.launch.environment import choose_device, choose_procs
 from accrete.launch.forecast.calibrate import calibrate
 from accrete.launch.forecast.speed import (
     ASSUMED_MFU,
+    AssumedSpeed,
     Gpu,
     Speed,
     assumed_gpu,
@@ -55,6 +56,16 @@ class Place:
             outside = self.network / self.procs
             return outside if inside is None else min(inside, outside)
         return inside
+
+    def notes(self) -> list[str]:
+        """What the seconds of traffic assume where the network is not given."""
+        if self.nodes == 1 or self.network is not None:
+            return []
+        fast = "as free" if self.gpu is None else f"at {self.gpu.link / 1e9:g} GB/s, as inside one"
+        return [
+            f"traffic between the {self.nodes} nodes is counted {fast}: a network is slower; give "
+            "its GB/s with --network"
+        ]
 
 
 def choose_place(
@@ -140,6 +151,7 @@ def choose_speed(
         ConfigError: A calibration of another place is asked for.
         CalibrationError: It failed.
     """
+    speed = _without_measuring(place, forecaster)
     if place.here:
         found = calibrate(
             forecaster.plan,
@@ -150,16 +162,21 @@ def choose_speed(
             measure=measure,
         )
         if found is not None:
-            return found
+            return found if speed is None else replace(found, beside=speed)
     elif measure:
         raise ConfigError(
             "--calibrate measures this machine; leave --cluster, --nodes, --procs-per-node and "
             "--gpu out (engine.procs chooses the processes)."
         )
+    return speed
+
+
+def _without_measuring(place: Place, forecaster: Forecaster) -> AssumedSpeed | None:
+    """The GPU of the table, or a moment on this CPU; None for a GPU that is not in the table."""
     if place.gpu is not None:
         return assumed_gpu(place.gpu, forecaster.plan.dtype, place.mfu, place.link())
     if place.device == "cuda":
         return None
     threads = max(1, len(os.sched_getaffinity(0)) // place.procs)
-    speed = quick_cpu(threads)
+    speed = replace(quick_cpu(threads), link=place.link())
     return speed if place.here else replace(speed, basis=f"as if of this machine: {speed.basis}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from accrete.launch.forecast.place import Place, choose_speed
@@ -56,10 +56,14 @@ def without_rows(config: RunConfig, tasks: list[TaskRows], place: Place) -> Prep
 
     Raises:
         ModelError: The model cannot be made, or its configuration is not at hand.
+        ConfigError: `eval.mode` cannot score a task, by the metric that it has or is known for.
     """
+    from accrete.eval.evaluator import require_scorable
     from accrete.pipeline.models.cache import cache_root
     from accrete.pipeline.models.tiny import materialize
 
+    handles = [_handle(task) for task in tasks]
+    require_scorable(config.eval, handles)
     path = config.model.path
     if path is None or config.model.gguf_file is not None:
         path = str(materialize(config.model, cache_root(), lambda line: None))
@@ -70,7 +74,7 @@ def without_rows(config: RunConfig, tasks: list[TaskRows], place: Place) -> Prep
         model_path=path,
         tokenizer_path=config.model.tokenizer or path,
         seq2seq=plan.seq2seq,
-        tasks=[_handle(task) for task in tasks],
+        tasks=handles,
     )
 
 
@@ -87,7 +91,7 @@ def _handle(rows: TaskRows) -> TaskHandle:
 
     return TaskHandle(
         name=rows.name,
-        metric="exact_match",
+        metric=rows.metric,
         labels=None,
         train_dir="",
         eval_dir="",
@@ -126,4 +130,6 @@ def forecast_recipe(
         tasks = [read_rows(config, task, index) for index, task in enumerate(prepared.tasks)]
     plan = ModelPlan.of(config, prepared.model_path, place.device)
     forecaster = Forecaster(plan, tasks, place.world)
-    return forecaster.forecast(choose_speed(place, forecaster, say, measure=measure))
+    speed = choose_speed(place, forecaster, say, measure=measure)
+    found = forecaster.forecast(speed)
+    return found if speed is None else replace(found, notes=[*place.notes(), *found.notes])

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accrete.launch.forecast.disk import ROW_ON_DISK, TOKEN_ON_DISK, folder_bytes
-from accrete.pipeline.data.config import WHOLE_ANSWER
+from accrete.launch.forecast.metrics import decoded_tokens, is_decoded, task_facts, token_budget
 
 if TYPE_CHECKING:
     from accrete.pipeline.config.run import RunConfig
+    from accrete.pipeline.data.config import Metric, TaskConfig
     from accrete.pipeline.data.handle import TaskHandle
 
 UNSORTED_PADDING = 1.15
@@ -33,10 +34,15 @@ class TaskRows:
     padded_prompt: int
     """Tokens that a typical micro-batch is padded to."""
     padded_answer: int
+    metric: Metric = "exact_match"
     classes: int = 0
     """Closed answers; 0: open."""
     decoded: bool = False
     """Scored by free generation."""
+    new_tokens: float = 0.0
+    """Decoded in a typical batch, if rows end where their own answers do."""
+    most_new_tokens: int = 0
+    """Decoded where a row does not end: the evaluator's limit."""
     stored: float = 0.0
     """Bytes of the prepared rows."""
     assumed: bool = False
@@ -45,24 +51,32 @@ class TaskRows:
 
 def assume_rows(config: RunConfig, train: int, scored: int, answer: int) -> list[TaskRows]:
     """Tasks whose rows are not at hand: prompts of full length, so that memory is a bound."""
+    return [_assumed(config, task, train, scored, answer) for task in config.tasks]
+
+
+def _assumed(config: RunConfig, task: TaskConfig, train: int, scored: int, answer: int) -> TaskRows:
     prompt = config.data.max_source_tokens
     size = (train + scored) * (ROW_ON_DISK + TOKEN_ON_DISK * (prompt + answer))
-    return [
-        TaskRows(
-            name=task.name,
-            train=min(train, config.data.max_train_examples or train),
-            scored=min(scored, config.data.max_eval_examples or scored),
-            prompt=prompt,
-            answer=answer,
-            longest_prompt=prompt,
-            longest_answer=answer,
-            padded_prompt=prompt,
-            padded_answer=answer,
-            stored=float(size),
-            assumed=True,
-        )
-        for task in config.tasks
-    ]
+    metric, classes = task_facts(task, config.data)
+    budget = token_budget(config, metric)
+    return TaskRows(
+        name=task.name,
+        train=min(train, config.data.max_train_examples or train),
+        scored=min(scored, config.data.max_eval_examples or scored),
+        prompt=prompt,
+        answer=answer,
+        longest_prompt=prompt,
+        longest_answer=answer,
+        padded_prompt=prompt,
+        padded_answer=answer,
+        metric=metric,
+        classes=classes,
+        decoded=is_decoded(config, metric),
+        new_tokens=min(answer, budget),
+        most_new_tokens=budget,
+        stored=float(size),
+        assumed=True,
+    )
 
 
 def read_rows(config: RunConfig, handle: TaskHandle, index: int) -> TaskRows:
@@ -73,6 +87,7 @@ def read_rows(config: RunConfig, handle: TaskHandle, index: int) -> TaskRows:
     answers = stats.max_answer_tokens
     if handle.labels is None:
         answers = math.ceil((stats.mean_answer_tokens + answers) / 2)
+    decoded = is_decoded(config, handle.metric)
     return TaskRows(
         name=handle.name,
         train=handle.num_train,
@@ -83,8 +98,11 @@ def read_rows(config: RunConfig, handle: TaskHandle, index: int) -> TaskRows:
         longest_answer=stats.max_answer_tokens,
         padded_prompt=max(1, min(longest, math.ceil(padded - stats.mean_answer_tokens))),
         padded_answer=max(1, answers),
+        metric=handle.metric,
         classes=len(handle.labels or ()),
-        decoded=config.eval.mode == "generate" or handle.metric not in WHOLE_ANSWER,
+        decoded=decoded,
+        new_tokens=decoded_tokens(config, handle) if decoded else 0.0,
+        most_new_tokens=token_budget(config, handle.metric),
         stored=folder_bytes(handle.train_dir) + folder_bytes(handle.eval_dir),
     )
 

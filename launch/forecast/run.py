@@ -11,10 +11,12 @@ from accrete.launch.forecast.disk import Disk, disk
 from accrete.launch.forecast.memory import STAGES, RankMemory, rank_memory
 from accrete.launch.forecast.methods import MethodCost, Situation, epoch_rows, method_cost
 from accrete.launch.forecast.rows import TaskRows
+from accrete.launch.forecast.scoring import Scoring, TaskScoring, decoding_notes
 from accrete.launch.forecast.shapes import ModelPlan
 from accrete.launch.forecast.speed import Speed, Timing
 from accrete.launch.forecast.trace import BatchShape, Trace, Tracer
 from accrete.launch.forecast.traffic import step_traffic
+from accrete.pipeline.progress import format_duration
 from accrete.pipeline.stage import accumulation, batch_share
 from accrete.pipeline.stage_runner import planned_steps
 
@@ -37,8 +39,10 @@ class StageForecast:
     step_seconds: float | None
     train_seconds: float | None
     method_seconds: float | None
-    """Of the method's passes at the start and the end of the stage."""
+    """Of the method's passes at the start and the end of the stage, decompositions included."""
     scoring_seconds: float | None
+    scoring_most_seconds: float | None
+    """If no decoded row ends before the evaluator's limit."""
     memory: list[RankMemory]
     """At ZeRO 0 to 3; one for the plain engine."""
     state_bytes: float
@@ -49,9 +53,12 @@ class StageForecast:
     @property
     def seconds(self) -> float | None:
         """All of it."""
-        parts = (self.train_seconds, self.method_seconds, self.scoring_seconds)
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        return _total([self.train_seconds, self.method_seconds, self.scoring_seconds])
+
+    @property
+    def most_seconds(self) -> float | None:
+        """All of it, if no decoded row ends before the limit."""
+        return _total([self.train_seconds, self.method_seconds, self.scoring_most_seconds])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +79,22 @@ class RunForecast:
     traffic_bytes: dict[str, float]
     """ZeRO stage -> bytes that a rank sends in a step."""
     untrained_scoring_seconds: float | None
+    untrained_scoring_most_seconds: float | None
+    scoring: list[TaskScoring]
+    """Each task's, once; none if the speed is not known."""
     disk: Disk
     notes: list[str]
 
     @property
     def seconds(self) -> float | None:
         """Of the whole run."""
-        parts = [self.untrained_scoring_seconds, *(stage.seconds for stage in self.stages)]
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        return _total([self.untrained_scoring_seconds, *(stage.seconds for stage in self.stages)])
+
+    @property
+    def most_seconds(self) -> float | None:
+        """Of the whole run, if no decoded row ends before the evaluator's limit."""
+        stages = (stage.most_seconds for stage in self.stages)
+        return _total([self.untrained_scoring_most_seconds, *stages])
 
     @property
     def peaks(self) -> list[RankMemory]:
@@ -94,8 +108,8 @@ class RunForecast:
         """As `accrete plan --json` prints it; seconds and bytes."""
         content = asdict(self)
         for stage, raw in zip(self.stages, content["stages"], strict=True):
-            raw["seconds"] = stage.seconds
-        content["seconds"] = self.seconds
+            raw["seconds"], raw["most_seconds"] = stage.seconds, stage.most_seconds
+        content["seconds"], content["most_seconds"] = self.seconds, self.most_seconds
         content["peaks"] = [asdict(peak) for peak in self.peaks]
         content["disk"]["run_folder"] = self.disk.run_folder
         if price is not None and self.seconds is not None:
@@ -122,6 +136,7 @@ class Forecaster:
         self.accumulation = accumulation(train.global_batch_size, train.micro_batch_size, world)
         share = batch_share(train.global_batch_size, world)
         self.rows = -(-share // self.accumulation)
+        self.scoring = Scoring(plan, self.tracer, world, self.zero_stage)
 
     @property
     def config(self) -> RunConfig:
@@ -221,6 +236,8 @@ class Forecaster:
         Args:
             speed: Turns arithmetic into seconds; None: no seconds.
         """
+        scoring = [] if speed is None else self._scoring(speed)
+        ahead = scoring[1:] if self.ahead else []
         return RunForecast(
             parameters=self.plan.base_parameters,
             trained=sum(self.plan.trained),
@@ -231,20 +248,25 @@ class Forecaster:
             accumulation=self.accumulation,
             speed="" if speed is None else speed.basis,
             rough=speed is None or speed.rough,
-            stages=[self._stage(index, cost, speed) for index, cost in enumerate(self.costs)],
+            stages=[
+                self._stage(index, cost, speed, scoring) for index, cost in enumerate(self.costs)
+            ],
             traffic_bytes={
                 "plain" if stage is None else str(stage): self.wire(stage) for stage in self.stages
             },
-            untrained_scoring_seconds=(
-                None
-                if speed is None
-                else sum(self._score_seconds(task, speed) for task in self.ahead)
-            ),
+            untrained_scoring_seconds=None if speed is None else _seconds(ahead),
+            untrained_scoring_most_seconds=None if speed is None else _most_seconds(ahead),
+            scoring=scoring,
             disk=self.disk(),
-            notes=self._notes(),
+            notes=self._notes(speed),
         )
 
-    def _stage(self, index: int, cost: MethodCost, speed: Speed | None) -> StageForecast:
+    def _scoring(self, speed: Speed) -> list[TaskScoring]:
+        return [self.scoring.of(task, self.typical(task), speed) for task in self.tasks]
+
+    def _stage(
+        self, index: int, cost: MethodCost, speed: Speed | None, scoring: list[TaskScoring]
+    ) -> StageForecast:
         task, config = self.tasks[index], self.config
         batch = config.train.global_batch_size
         counts = [other.train for other in self.tasks]
@@ -258,13 +280,12 @@ class Forecaster:
         flops = (trace.forward_flops * (1 + cost.step_forwards) + trace.backward_flops) * (
             self.accumulation
         ) + cost.step_flops
-        step = train = passes = scoring = None
+        step = train = passes = None
         if speed is not None:
             timing = speed.timing(trace, self.wire(self.zero_stage))
             step = self._step_seconds(timing, trace, cost)
             train = steps * step
             passes = self._pass_seconds(task, timing, cost, speed)
-            scoring = sum(self._score_seconds(other, speed) for other in seen)
         return StageForecast(
             task=task.name,
             steps=steps,
@@ -273,7 +294,8 @@ class Forecaster:
             step_seconds=step,
             train_seconds=train,
             method_seconds=passes,
-            scoring_seconds=scoring,
+            scoring_seconds=_seconds(scoring[: len(seen)]) if scoring else None,
+            scoring_most_seconds=_most_seconds(scoring[: len(seen)]) if scoring else None,
             memory=self.memory(index, cost),
             state_bytes=cost.after_bytes,
             flops=flops * steps * self.world,
@@ -288,36 +310,59 @@ class Forecaster:
         self, task: TaskRows, timing: Timing, cost: MethodCost, speed: Speed
     ) -> float:
         share = self.rows * self.world
-        seconds = cost.forward_rows / share * timing.forward
+        seconds = speed.eigen_seconds(cost.eigen_flops)
+        seconds += cost.forward_rows / share * timing.forward
         if cost.one_by_one and cost.gradient_rows:
             single = replace(self.typical(task), rows=1)
             each = speed.timing(self.tracer.trace(single), 0.0).micro
             return seconds + cost.gradient_rows / self.world * each
         return seconds + cost.gradient_rows / share * timing.micro
 
-    def _score_seconds(self, task: TaskRows, speed: Speed) -> float:
-        """Of all rows of a task; free generation: at least a forward over prompt and answer."""
-        timing = speed.timing(self.tracer.trace(self.typical(task)), 0.0)
-        return task.scored / (self.rows * self.world) * timing.forward
-
-    def _notes(self) -> list[str]:
+    def _notes(self, speed: Speed | None) -> list[str]:
         notes = []
         if any(not cost.known for cost in self.costs):
             notes.append(
                 f"method {self.config.method.kind} is not accrete's own: its state, passes and "
                 "further arithmetic are left out"
             )
-        decoded = [task.name for task in self.tasks if task.decoded]
-        if decoded:
-            notes.append(
-                f"{', '.join(decoded)}: scored by free generation, which takes longer than the "
-                "one forward that is counted"
-            )
+        notes += decoding_notes(self.tasks, self.config.eval.decode_misses)
+        if speed is not None:
+            notes += self._beside_notes(speed)
         if any(task.assumed for task in self.tasks):
-            notes.append("rows were not read: their numbers and lengths are assumed")
+            notes.append(
+                "rows were not read: their numbers and lengths are assumed, and metrics follow "
+                "the recipe and the layout"
+            )
         if self.plan.device == "cuda":
             notes.append("the GPU's own context (0.3 to 0.8 GiB) comes on top of the memory")
         return notes
+
+    def _beside_notes(self, speed: Speed) -> list[str]:
+        """What stands on an assumption of its own."""
+        notes = []
+        longest = max(speed.eigen_seconds(cost.eigen_flops) for cost in self.costs)
+        if longest > 0:
+            notes.append(
+                f"decompositions of method {self.config.method.kind}: up to "
+                f"{format_duration(longest)} a task, at an assumed speed (an order of magnitude)"
+            )
+        if not speed.rough and any(task.decoded for task in self.tasks):
+            notes.append("the calibration measures no decoding: its one-token forwards are assumed")
+        return notes
+
+
+def _total(parts: Sequence[float | None]) -> float | None:
+    """The sum, if every part is known."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _seconds(scoring: Sequence[TaskScoring]) -> float:
+    return sum(task.seconds for task in scoring)
+
+
+def _most_seconds(scoring: Sequence[TaskScoring]) -> float:
+    return sum(task.most_seconds for task in scoring)
 
 
 def _rounded(tokens: int) -> int:

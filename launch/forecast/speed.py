@@ -17,7 +17,14 @@ ASSUMED_KERNEL_SECONDS = 15e-6
 """Between the starts of two kernels of a GPU: small batches wait for Python, not for the GPU."""
 ASSUMED_CPU_SHARE = 0.6
 """Share of a matrix product's speed that a whole step is assumed to reach on a CPU."""
+ASSUMED_EIGEN_SHARE = 0.35
+"""Speed of a decomposition on a CPU, in nominal fp64 operations, as a share of its matrix products'
+in fp32."""
+ASSUMED_GPU_EIGEN = 200e9
+"""The same of a GPU in FLOP/s, whichever it is: decompositions wait for memory and for each other's
+small parts."""
 SMALL_CALLS = 100
+READ_ROWS = 4096
 STARTS_PER_CALL = 4.0
 """A kernel inside a model is taken to start in so many times the time of a bare call: modules,
 views and autograd come with it."""
@@ -36,22 +43,24 @@ class Gpu:
     """Memory."""
     link: float
     """Bytes per second and direction to other GPUs of the node."""
+    memory: float
+    """Bytes per second from its own memory."""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("b200", 2250e12, 75e12, 180, 900e9),
-        Gpu("h200", 989e12, 67e12, 141, 450e9),
-        Gpu("h100", 989e12, 67e12, 80, 450e9),
-        Gpu("h100-pcie", 756e12, 51e12, 80, 64e9),
-        Gpu("a100-80", 312e12, 19.5e12, 80, 300e9),
-        Gpu("a100-40", 312e12, 19.5e12, 40, 300e9),
-        Gpu("l40s", 362e12, 91.6e12, 48, 32e9),
-        Gpu("l4", 121e12, 30.3e12, 24, 32e9),
-        Gpu("a10", 125e12, 31.2e12, 24, 32e9),
-        Gpu("rtx4090", 165e12, 82.6e12, 24, 32e9),
-        Gpu("rtx3090", 71e12, 35.6e12, 24, 32e9),
+        Gpu("b200", 2250e12, 75e12, 180, 900e9, 8000e9),
+        Gpu("h200", 989e12, 67e12, 141, 450e9, 4800e9),
+        Gpu("h100", 989e12, 67e12, 80, 450e9, 3350e9),
+        Gpu("h100-pcie", 756e12, 51e12, 80, 64e9, 2000e9),
+        Gpu("a100-80", 312e12, 19.5e12, 80, 300e9, 2039e9),
+        Gpu("a100-40", 312e12, 19.5e12, 40, 300e9, 1555e9),
+        Gpu("l40s", 362e12, 91.6e12, 48, 32e9, 864e9),
+        Gpu("l4", 121e12, 30.3e12, 24, 32e9, 300e9),
+        Gpu("a10", 125e12, 31.2e12, 24, 32e9, 600e9),
+        Gpu("rtx4090", 165e12, 82.6e12, 24, 32e9, 1008e9),
+        Gpu("rtx3090", 71e12, 35.6e12, 24, 32e9, 936e9),
     )
 }
 
@@ -98,6 +107,18 @@ class Timing:
         return (accumulation - 1) * self.micro + self.last + self.update
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneToken:
+    """A forward with cache that adds one token to every row of a decoded batch."""
+
+    flops: float
+    kernels: float
+    read_bytes: float
+    """Weights and cache, which have to come from memory once."""
+    gathered_bytes: float = 0.0
+    """Parameters that come from other ranks (ZeRO 3)."""
+
+
 class Speed(Protocol):
     """Turns a traced micro-batch into seconds."""
 
@@ -115,6 +136,14 @@ class Speed(Protocol):
         """Seconds of a micro-batch with this arithmetic and this traffic per step."""
         ...
 
+    def token_seconds(self, token: OneToken) -> float:
+        """Seconds of a forward that adds one token to every row of a batch."""
+        ...
+
+    def eigen_seconds(self, flops: float) -> float:
+        """Seconds of decompositions of so many nominal operations."""
+        ...
+
 
 @dataclass(frozen=True)
 class AssumedSpeed:
@@ -129,6 +158,10 @@ class AssumedSpeed:
     kernel_seconds: float = 0.0
     """Time to start a kernel: on a GPU beside the arithmetic, on a CPU before it."""
     overlaps: bool = True
+    memory: float | None = None
+    """Bytes per second that weights are read with; None: as fast as wanted."""
+    eigen: float = ASSUMED_GPU_EIGEN
+    """FLOP/s of decompositions."""
 
     def timing(self, trace: Trace, traffic_bytes: float) -> Timing:
         """See `Speed.timing`."""
@@ -137,9 +170,23 @@ class AssumedSpeed:
         wire = traffic_bytes / self.link if self.link else 0.0
         return Timing(forward, micro, micro + wire, 0.0)
 
-    def _seconds(self, flops: float, kernels: float) -> float:
-        parts = (flops / self.rate, kernels * self.kernel_seconds)
+    def _seconds(self, flops: float, kernels: float, read_bytes: float = 0.0) -> float:
+        reading = read_bytes / self.memory if self.memory else 0.0
+        parts = (max(flops / self.rate, reading), kernels * self.kernel_seconds)
         return max(parts) if self.overlaps else sum(parts)
+
+    def token_seconds(self, token: OneToken) -> float:
+        """See `Speed.token_seconds`: reading the weights takes longer than using them once."""
+        wire = token.gathered_bytes / self.link if self.link else 0.0
+        return self._seconds(token.flops, token.kernels, token.read_bytes) + wire
+
+    def eigen_seconds(self, flops: float) -> float:
+        """See `Speed.eigen_seconds`."""
+        return flops / self.eigen
+
+
+UNKNOWN_GPU = AssumedSpeed("this GPU", float("inf"), kernel_seconds=ASSUMED_KERNEL_SECONDS)
+"""What is left of a GPU outside the table: the time to start kernels."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +205,8 @@ class CalibratedSpeed:
     basis: str
     points: tuple[MeasuredPoint, ...]
     """At least one, by arithmetic."""
+    beside: AssumedSpeed = UNKNOWN_GPU
+    """For what training steps do not show: one-token forwards and decompositions."""
     rough: bool = False
 
     def timing(self, trace: Trace, traffic_bytes: float) -> Timing:
@@ -180,6 +229,14 @@ class CalibratedSpeed:
             a.update + share * (b.update - a.update),
         )
 
+    def token_seconds(self, token: OneToken) -> float:
+        """See `Speed.token_seconds`; assumed, as no step that is measured has so few tokens."""
+        return self.beside.token_seconds(token)
+
+    def eigen_seconds(self, flops: float) -> float:
+        """See `Speed.eigen_seconds`; assumed."""
+        return self.beside.eigen_seconds(flops)
+
 
 def assumed_gpu(gpu: Gpu, dtype: torch.dtype, mfu: float, link: float | None) -> AssumedSpeed:
     """A GPU of the table at an assumed share of its peak."""
@@ -192,6 +249,7 @@ def assumed_gpu(gpu: Gpu, dtype: torch.dtype, mfu: float, link: float | None) ->
         peak * mfu,
         gpu.link if link is None else link,
         kernel_seconds=ASSUMED_KERNEL_SECONDS,
+        memory=gpu.memory,
     )
 
 
@@ -207,6 +265,7 @@ def quick_cpu(threads: int) -> AssumedSpeed:
             began = time.perf_counter()
             torch.mm(a, b)
             best = min(best, time.perf_counter() - began)
+        reading = _reading_speed()
         small = torch.rand(8, requires_grad=True)
         call = float("inf")
         for _ in range(20):
@@ -223,4 +282,17 @@ def quick_cpu(threads: int) -> AssumedSpeed:
         peak * ASSUMED_CPU_SHARE,
         kernel_seconds=STARTS_PER_CALL * call,
         overlaps=False,
+        memory=reading,
+        eigen=peak * ASSUMED_EIGEN_SHARE,
     )
+
+
+def _reading_speed() -> float:
+    """Bytes per second that a matrix too large for the caches is read with."""
+    matrix, vector = torch.rand(READ_ROWS, READ_ROWS), torch.rand(READ_ROWS)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mv(matrix, vector)
+        best = min(best, time.perf_counter() - began)
+    return matrix.nbytes / best

@@ -51,3 +51,12 @@ def step_traffic(plan: ModelPlan, stage: int | None, world: int, accumulation: i
         reduced=float(FP32 * elements * accumulation) / 2.0,
         gathered=accumulation * (once + again) + float(small),
     )
+
+
+def gathered_bytes(plan: ModelPlan, stage: int | None, world: int) -> float:
+    """Bytes that a rank receives for a forward without gradients: at ZeRO 3 the model's."""
+    if world == 1 or stage != 3:
+        return 0.0
+    sizes = [(count, FP32) for count in plan.trained] + plan.frozen
+    whole = sum(count * size for count, size in sizes if count > WHOLE_BELOW)
+    return whole * (world - 1) / world

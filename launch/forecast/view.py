@@ -32,7 +32,11 @@ def forecast_view(forecast: Mapping[str, Any], fits: float | None = None) -> Gro
 def _time(forecast: Mapping[str, Any]) -> Table:
     table = Table(title="time", title_justify="left", box=box.SIMPLE)
     table.add_column("task")
-    for heading in ("a step", "training", "method's passes", "scoring", "all"):
+    open_ended = _open_ended(forecast)
+    headings = ["a step", "training", "method's passes", "scoring", "all"]
+    # Where rows are decoded, what scoring takes if a model does not stop.
+    headings[4:4] = ["scoring at most"] if open_ended else []
+    for heading in headings:
         table.add_column(heading, justify="right")
     for number, stage in enumerate(forecast["stages"], start=1):
         table.add_row(
@@ -41,9 +45,15 @@ def _time(forecast: Mapping[str, Any]) -> Table:
             _duration(stage["train_seconds"]),
             _duration(stage["method_seconds"]),
             _duration(stage["scoring_seconds"]),
+            *([_duration(stage["scoring_most_seconds"])] if open_ended else []),
             _duration(stage["seconds"]),
         )
     return table
+
+
+def _open_ended(forecast: Mapping[str, Any]) -> bool:
+    """Whether scoring may take longer than is counted, as rows are decoded."""
+    return any(task["most_seconds"] > task["seconds"] for task in forecast["scoring"])
 
 
 def _memory(forecast: Mapping[str, Any], fits: float | None) -> Table:
@@ -99,6 +109,11 @@ def _summary(forecast: Mapping[str, Any]) -> list[str]:
             f"time: {about}{format_duration(forecast['seconds'])}, {hours:.2f} {kind}-hours{price} "
             f"({forecast['speed']})"
         )
+        if _open_ended(forecast):
+            lines.append(
+                f"time if no decoded answer ends before its limit: {about}"
+                f"{format_duration(forecast['most_seconds'])}"
+            )
     lines.append(
         f"disk: run folder up to {_gib(disk['run_folder'])} GiB (adapters {_gib(disk['adapters'])},"
         f" checkpoints {_gib(disk['checkpoints'] + disk['step_checkpoints'])}), prepared rows "
