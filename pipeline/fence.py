@@ -3,7 +3,7 @@
 A scheduler can lose sight of a node whose processes live on, and start the run anew elsewhere.
 Whoever starts last puts a token of its own into the file; the old processes see that it is no
 longer theirs and leave without writing. Unlike a lock this needs nothing of the file system but
-that a renamed file becomes visible.
+that a renamed file becomes visible, in the end as a whole.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from accrete.pipeline.run_dir import write_text
 
 SECONDS_BETWEEN = 2.0
 """A check that may be skipped is made this often."""
+WHOLE_S = 30.0
+"""Seconds within which a token that was replaced elsewhere can be read to its end."""
 
 
 class FencedError(AccreteError):
@@ -65,9 +67,22 @@ def take(file: Path, token: str) -> None:
     write_text(file, token + "\n")
 
 
-def read_owner(file: Path) -> str | None:
-    """The owner's token, if there is one."""
-    try:
-        return file.read_text(encoding="utf-8").strip() or None
-    except FileNotFoundError:
-        return None
+def read_owner(file: Path, patience: float = WHOLE_S) -> str | None:
+    """The owner's token, if there is one.
+
+    Some shared file systems show the new content of a replaced file cut to the size of the old one,
+    for as long as they remember that size. A whole token ends with a line break.
+
+    Args:
+        file: The file with the token.
+        patience: Seconds until a token without a line break is taken as it stands.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        if text.endswith("\n") or time.monotonic() > deadline:
+            return text.strip() or None
+        time.sleep(0.1)

@@ -36,6 +36,8 @@ class Progress:
     """Stage of the newest checkpoint, -1 without any."""
     step: float
     """Steps of that stage which the checkpoint holds; infinite after its end."""
+    groups: int = 0
+    """Parts of a scoring under way that are done."""
 
     def __str__(self) -> str:
         if self.stage < 0:
@@ -46,7 +48,8 @@ class Progress:
 
     def to_list(self) -> list[float | int | None]:
         """As JSON holds it."""
-        return [self.scored, self.stage, None if self.step == float("inf") else self.step]
+        step = None if self.step == float("inf") else self.step
+        return [self.scored, self.stage, step, self.groups]
 
 
 def read_progress(folder: RunDir) -> Progress:
@@ -56,7 +59,8 @@ def read_progress(folder: RunDir) -> Progress:
         _, stage, *rest = manifest.parent.name.split("-")
         saved.append((int(stage), float(rest[1]) if rest else float("inf")))
     scored = sum(1 for _ in folder.stages.glob("*/score.json"))
-    return Progress(scored, *max(saved))
+    groups = sum(1 for _ in folder.partial.glob("*/*.json"))
+    return Progress(scored, *max(saved), groups)
 
 
 def begin_attempt(folder: RunDir, name: str, fields: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ from accrete.pipeline.errors import ConfigError
 PLACE = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
 """What the launcher says to each node."""
 ATTEMPT = "ACCRETE_ATTEMPT"
-"""Name of this start of the run, the same on all nodes, another one at every start."""
+"""Name of this start of the run, another one at every start. The same on all nodes of Slurm and
+ssh; a pod has its own uid, for only the first node's names the attempt."""
 EXPECTED_WORLD = "ACCRETE_WORLD_SIZE"
 """Processes in all: a worker that finds another WORLD_SIZE was started wrongly, and ends."""
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")

@@ -134,6 +134,21 @@ def _check_hosts(cluster: ClusterConfig) -> None:
         )
 
 
+def with_placeholders(cluster: ClusterConfig) -> tuple[ClusterConfig, str | None]:
+    """The settings for a look at the scripts: where no machine is listed, with names made up.
+
+    Returns:
+        The settings, and what to set before a start, if anything.
+    """
+    if cluster.hosts.hosts:
+        return cluster, None
+    names = [f"node{number}" for number in range(1, cluster.nodes + 1)]
+    return replace(cluster, hosts=replace(cluster.hosts, hosts=names)), (
+        f"no machines are listed, so the files say {', '.join(names)}. Before a start name them: "
+        "--hosts, --hostfile, or `hosts: {hosts: [...]}` in the file of --cluster."
+    )
+
+
 def with_hosts(
     cluster: ClusterConfig,
     hosts: str | None,
@@ -148,7 +163,7 @@ def with_hosts(
         cluster: Settings of `--cluster`.
         hosts: `--hosts`: names, separated by commas.
         hostfile: `--hostfile`: a file of `NAME slots=N` lines, as DeepSpeed and MPI read it.
-        nodes: `--nodes`; None: all of these hosts.
+        nodes: `--nodes`, or what the cluster's file says; None: all of these hosts.
         procs_per_node: `--procs-per-node`; None: the slots of the hostfile.
 
     Raises:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,6 +35,8 @@ LOCAL = "/local"
 """A pod's own disk, unless `storage.local` says otherwise."""
 PORT = 29500
 """Every pod has an address of its own, so any port is free there."""
+FIRST_POD_S = 7200
+"""Seconds that the other pods wait for the first one: its node may still pull the image."""
 PATIENCE_S = 60.0
 """For kubectl, except when it waits for pods to end."""
 _LOG_LINE = re.compile(r"[EWI]\d{4} ")
@@ -83,8 +86,29 @@ def render(request: LaunchRequest) -> dict[str, str]:
     return {MANIFEST: _manifest(request)}
 
 
+def with_placeholders(cluster: ClusterConfig) -> tuple[ClusterConfig, str | None]:
+    """The settings for a look at the manifest: image and claim made up where they are not said.
+
+    Returns:
+        The settings, and what to set before a start, if anything.
+    """
+    made_up = {"image": f"accrete:{metadata.version('accrete')}", "claim": "accrete"}
+    missing: dict[str, Any] = {name: made_up[name] for name in _missing(cluster)}
+    if not missing:
+        return cluster, None
+    return replace(cluster, k8s=replace(cluster.k8s, **missing)), (
+        f"{' and '.join(f'k8s.{name}' for name in missing)} not set, so the manifest says "
+        f"{' and '.join(missing.values())}. Before a start write `k8s: {{image: ..., claim: ...}}` "
+        "into a file and give it by --cluster."
+    )
+
+
+def _missing(cluster: ClusterConfig) -> list[str]:
+    return [name for name in ("image", "claim") if not getattr(cluster.k8s, name)]
+
+
 def _check(cluster: ClusterConfig) -> None:
-    missing = [name for name in ("image", "claim") if not getattr(cluster.k8s, name)]
+    missing = _missing(cluster)
     if missing:
         raise ConfigError(
             f"accrete launch k8s needs {' and '.join(f'k8s.{name}' for name in missing)}: a "
@@ -167,6 +191,7 @@ def _node_script(request: LaunchRequest, name: str) -> str:
         files=FILES,
         node_module=NODE_MODULE,
         verdict_module=VERDICT_MODULE,
+        first_pod_s=FIRST_POD_S,
         retries=request.cluster.retries,
     )
 

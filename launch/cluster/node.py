@@ -32,10 +32,15 @@ def main() -> None:
     parser.add_argument(
         "--request", type=Path, help="folder with request.json; default: RUN/launch"
     )
+    parser.add_argument(
+        "--wait", type=float, help="seconds that the first node has to open the run folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="changes of a resumed run")
     options = parser.parse_args()
     try:
-        command, environment = get_ready(options.run_dir, options.request, options.overrides)
+        command, environment = get_ready(
+            options.run_dir, options.request, options.overrides, options.wait
+        )
     except AccreteError as error:
         _leave_word(options.run_dir, error)
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -46,9 +51,18 @@ def main() -> None:
 
 
 def get_ready(
-    run_dir: Path, request_dir: Path | None, overrides: Sequence[str]
+    run_dir: Path,
+    request_dir: Path | None,
+    overrides: Sequence[str],
+    wait_s: float | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Everything before torchrun.
+
+    Args:
+        run_dir: The run folder.
+        request_dir: Folder with request.json; None: `RUN/launch`.
+        overrides: Changes of a resumed run.
+        wait_s: Seconds that the first node has to open the folder; None: see `PREPARED_S`.
 
     Returns:
         The command of torchrun on this node, and its environment.
@@ -77,7 +91,7 @@ def get_ready(
         environment[attempts.TOKEN_VARIABLE] = token
     else:
         environment.pop(attempts.TOKEN_VARIABLE, None)
-        _await_first_node(folder, PREPARED_S[request.cluster.prepare])
+        _await_first_node(folder, wait_s or PREPARED_S[request.cluster.prepare])
     # torchrun takes this process over, and with it its number: a worker dies with its agent.
     environment[PARENT_VARIABLE] = str(os.getpid())
     shutdown = max(5, request.cluster.grace_s - 10)

@@ -27,6 +27,8 @@ REQUEST_FILE = "request.json"
 RECIPE_FILE = "recipe.yaml"
 NODE_MODULE = "accrete.launch.cluster.node"
 VERDICT_MODULE = "accrete.launch.cluster.verdict"
+CACHES = {"cache": "ACCRETE_CACHE", "hf_home": "HF_HOME"}
+"""What `storage` says of the caches -> the variable that says it to a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +176,26 @@ def make_request(
     run_dir: Path,
     cluster: ClusterConfig,
     branch: Branch | None = None,
+    *,
+    own_caches: bool = True,
 ) -> LaunchRequest:
     """Load the recipe for this cluster.
+
+    Args:
+        recipe: Name or file.
+        overrides: `a.b=v`.
+        run_dir: `--run-dir`.
+        cluster: With `--nodes`, `--procs-per-node` and `--time` in it.
+        branch: Where the run branches off, if it does.
+        own_caches: The nodes use this machine's caches where the cluster names none.
 
     Raises:
         ConfigError: The recipe or an override is wrong, or does not fit the cluster.
     """
     from accrete.pipeline.config.load import load_recipe
 
+    if own_caches:
+        cluster = with_own_caches(cluster)
     loaded = load_recipe(recipe, (*engine_overrides(cluster), *overrides))
     engine = loaded.config.engine
     world = cluster.nodes * cluster.procs_per_node
@@ -194,6 +208,23 @@ def make_request(
     return LaunchRequest(
         recipe=loaded, run_dir=run_dir.expanduser().absolute(), cluster=cluster, branch=branch
     )
+
+
+def with_own_caches(cluster: ClusterConfig) -> ClusterConfig:
+    """The settings with the caches of this machine's environment where they name none.
+
+    ssh takes no variables along, and Slurm only as long as no option forbids it. What a line of
+    `env` or `setup` says for the nodes holds.
+    """
+    said = "\n".join([*cluster.env, *cluster.setup])
+    found: dict[str, Any] = {
+        name: str(Path(os.environ[variable]).expanduser().absolute())
+        for name, variable in CACHES.items()
+        if os.environ.get(variable)
+        and getattr(cluster.storage, name) is None
+        and variable not in said
+    }
+    return dataclasses.replace(cluster, storage=dataclasses.replace(cluster.storage, **found))
 
 
 def engine_overrides(cluster: ClusterConfig) -> list[str]:

@@ -44,12 +44,14 @@ class StorageConfig:
 
     cache: str | None = None
     """accrete's cache of models and tokenised rows (`ACCRETE_CACHE`), shared by all nodes and by
-    the submitting machine, where that prepares the run; null: as on the submitting machine."""
+    the submitting machine, where that prepares the run; null: as on the submitting machine (on
+    Kubernetes a folder of the claim)."""
     local: str | None = None
     """A folder on each node's own disk for compiled kernels and temporary files; null: the node's
     `$TMPDIR`, or /tmp."""
     hf_home: str | None = None
-    """Hugging Face cache (`HF_HOME`), filled beforehand; null: as on the submitting machine."""
+    """Hugging Face cache (`HF_HOME`), filled beforehand; null: as on the submitting machine (on
+    Kubernetes a folder of the claim)."""
     offline: bool = True
     """Nodes do not ask the Hugging Face hub."""
 
@@ -226,6 +228,16 @@ def load_cluster(
     _check(config, tree, time, problems)
     problems.raise_if_any(title, "cluster")
     return config
+
+
+def nodes_in_file(name: str | Path | None) -> int | None:
+    """`nodes` of a cluster's file that is known to be sound; None if it does not say them."""
+    if name is None:
+        return None
+    file = find_cluster(name)
+    read = read_file(file, shown_path(file), ProblemList())
+    node = None if read is None else read.get("nodes")
+    return node.value if node is not None and isinstance(node.value, int) else None
 
 
 def _check(config: ClusterConfig, tree: Node, option: str | None, problems: ProblemList) -> None:

@@ -14,6 +14,7 @@ from accrete.launch.cluster.request import LaunchRequest, shell_line
 from accrete.pipeline.errors import InputError, RunFolderError
 
 SCRIPT = "job.sbatch"
+CHAIN_MODULE = "accrete.launch.cluster.chain"
 PATIENCE_S = 60.0
 """For Slurm's own commands."""
 
@@ -82,12 +83,24 @@ def require_not_queued(request: LaunchRequest) -> None:
     job = attempts.queued_job(request.folder)
     if job is None:
         return
-    done = _call(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
-    if done.returncode == 0 and done.stdout.strip():
+    state = job_state(job)
+    if state is not None:
         raise RunFolderError(
-            f"{request.run_dir}: job {job} of this run is {done.stdout.split()[0].lower()} "
+            f"{request.run_dir}: job {job} of this run is {state.lower()} "
             f"already. Wait for it, or end it with `scancel {job}`."
         )
+
+
+def job_state(job: str) -> str | None:
+    """The state of a job that Slurm holds, such as RUNNING; None once it has ended.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    done = _call(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
+    if done.returncode != 0 or not done.stdout.strip():
+        return None
+    return done.stdout.split()[0]
 
 
 def require_enough_nodes(request: LaunchRequest) -> None:
@@ -175,6 +188,7 @@ def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
     """A run's script with these `#SBATCH` options."""
     run_dir = ("--run-dir", "$run_dir")
     node, verdict = request.node_command(), request.verdict_command()
+    chain = ["$python", "-m", CHAIN_MODULE]
     return render_template(
         SCRIPT,
         recipe=request.recipe.name,
@@ -191,6 +205,8 @@ def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
         ports=PORTS,
         node_command=shell_line(["$python", *node[1:3], *run_dir]),
         verdict_command=shell_line(["$python", *verdict[1:3], *run_dir]),
+        next_command=shell_line([*chain, "next", *run_dir]),
+        await_command=shell_line([*chain, "await", *run_dir]) if request.branch else None,
         retries=request.cluster.retries,
     )
 

@@ -33,7 +33,7 @@ def doctor(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="Name or file of a cluster: its caches and interface."),
+        typer.Option("--cluster", help="Name or file of a cluster: what its runs would find."),
     ] = None,
     timeout: Annotated[
         float, typer.Option("--timeout", min=1, help="Seconds to wait for other processes.")
@@ -52,6 +52,7 @@ def doctor(
     Example: accrete doctor standard_cl/order1 data.root=../data --offline
     """
     from accrete.launch import api
+    from accrete.launch.cluster.request import engine_overrides
     from accrete.launch.cluster.settings import load_cluster
     from accrete.launch.commands.run import default_folder
     from accrete.launch.doctor.examine import Question, examine, use_storage
@@ -61,7 +62,9 @@ def doctor(
     settings = load_cluster(cluster)
     use_storage(settings)
     already = go_offline()
-    loaded = None if recipe is None else api.load_recipe(recipe, *(overrides or ()))
+    # As `accrete launch` loads it: what the user says wins over the cluster.
+    words = [*(engine_overrides(settings) if cluster else ()), *(overrides or ())]
+    loaded = None if recipe is None else api.load_recipe(recipe, *words)
     question = Question(
         recipe=loaded,
         words=" ".join([recipe or "RECIPE", *(overrides or ())]),
@@ -70,6 +73,7 @@ def doctor(
         procs=procs,
         limit=timeout,
         cluster=settings,
+        for_cluster=cluster is not None,
     )
     diagnosis = examine(question, lambda line: typer.echo(line, err=True))
     if as_json:

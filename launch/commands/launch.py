@@ -13,6 +13,7 @@ from accrete.pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
     from accrete.launch.cluster.request import LaunchRequest
     from accrete.launch.cluster.settings import ClusterConfig
@@ -118,11 +119,14 @@ def hosts(
     Example: accrete launch hosts standard_cl/order1 --hosts node1,node2 --procs-per-node 8
     """
     from accrete.launch.cluster import hosts as launcher
+    from accrete.launch.cluster.settings import nodes_in_file
 
     def add_hosts(settings: ClusterConfig) -> ClusterConfig:
-        return launcher.with_hosts(
-            settings, hosts, hostfile, nodes=nodes, procs_per_node=procs_per_node
+        wanted = nodes or nodes_in_file(cluster)
+        settings = launcher.with_hosts(
+            settings, hosts, hostfile, nodes=wanted, procs_per_node=procs_per_node
         )
+        return _fill_in(launcher, settings) if dry_run else settings
 
     request = _request(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster, add_hosts)
     _launch(request, launcher.render(request), dry_run, launcher.start)
@@ -147,16 +151,13 @@ def k8s(
     from accrete.launch.commands.run import default_folder
 
     folder = run_dir or default_folder(recipe)
-    request = _request(
-        recipe,
-        overrides,
-        nodes,
-        procs_per_node,
-        folder,
-        time,
-        cluster,
-        lambda settings: launcher.on_cluster(settings, folder),
-    )
+
+    def adapt(settings: ClusterConfig) -> ClusterConfig:
+        settings = launcher.on_cluster(settings, folder)
+        return _fill_in(launcher, settings) if dry_run else settings
+
+    options = (recipe, overrides, nodes, procs_per_node, folder, time, cluster, adapt)
+    request = _request(*options, own_caches=False)
     _launch(request, launcher.render(request), dry_run, launcher.start)
 
 
@@ -169,6 +170,8 @@ def _request(
     time: str | None,
     cluster: str | None,
     adapt: Callable[[ClusterConfig], ClusterConfig] | None = None,
+    *,
+    own_caches: bool = True,
 ) -> LaunchRequest:
     """Everything checked that can be checked without a look at the rows."""
     from accrete.launch.cluster.request import make_request, require_launchable
@@ -179,9 +182,18 @@ def _request(
     if adapt is not None:
         settings = adapt(settings)
     folder = run_dir or default_folder(recipe)
-    request = make_request(recipe, overrides or (), folder, settings)
+    request = make_request(recipe, overrides or (), folder, settings, own_caches=own_caches)
     require_launchable(request)
     return request
+
+
+def _fill_in(launcher: ModuleType, settings: ClusterConfig) -> ClusterConfig:
+    """For --dry-run: placeholders for what only a start needs, and a word about them."""
+    filled: ClusterConfig
+    filled, missing = launcher.with_placeholders(settings)
+    if missing is not None:
+        typer.echo(f"warning: {missing}", err=True)
+    return filled
 
 
 def _launch(

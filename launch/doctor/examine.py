@@ -14,7 +14,7 @@ from accrete.launch.cluster.contract import Place, node_environment, node_local_
 from accrete.launch.cluster.network import find_interface
 from accrete.launch.cluster.settings import ClusterConfig
 from accrete.launch.doctor import judge, versions
-from accrete.launch.doctor.checks import Check, Diagnosis, failure
+from accrete.launch.doctor.checks import Check, Diagnosis, failure, warning
 from accrete.launch.doctor.judge_folders import judge_folder
 from accrete.launch.doctor.machine import describe_machine
 from accrete.launch.doctor.network import judge_network
@@ -50,13 +50,18 @@ class Question:
     limit: float
     """Seconds for each step of the launch."""
     cluster: ClusterConfig
+    for_cluster: bool = False
+    """The cluster was named; the recipe, if there is one, was loaded for it."""
 
     @property
     def engine(self) -> EngineConfig:
-        """The recipe's engine, with `procs` and the cluster's device."""
-        engine = EngineConfig() if self.recipe is None else self.recipe.config.engine
-        if engine.device == "auto" and self.cluster.device != "auto":
-            engine = replace(engine, device=self.cluster.device)
+        """The recipe's engine, or that of any recipe on the cluster, with `procs`."""
+        if self.recipe is not None:
+            engine = self.recipe.config.engine
+        elif self.for_cluster:
+            engine = EngineConfig(procs=self.cluster.procs_per_node, device=self.cluster.device)
+        else:
+            engine = EngineConfig()
         return engine if self.procs is None else replace(engine, procs=self.procs)
 
 
@@ -103,6 +108,8 @@ def _take_stand(question: Question) -> _Stand:
     # Asked first, because it refuses wrong variables before anything heavy is imported.
     chosen = _Choice(question.engine)
     given = find_place(os.environ, lambda: chosen.procs)
+    if given is None and question.for_cluster:
+        chosen.look_from_outside(one_process=question.procs is None)
     environment = worker_environment(
         chosen.procs if given is None else given.procs_per_node, chosen.device, os.environ
     )
@@ -131,7 +138,25 @@ class _Choice:
 
     def __init__(self, engine: EngineConfig) -> None:
         self._engine = engine
+        self._outside = False
         self.checks: list[Check] = []
+
+    def look_from_outside(self, *, one_process: bool) -> None:
+        """This may be a login node: the GPUs that it lacks are no failure, the nodes have them.
+
+        Args:
+            one_process: Without them, start one process: as many as the nodes have GPUs would only
+                be a load on this machine.
+        """
+        self._outside = True
+        lacks = self._engine.device == "cuda" and self.device == "cpu"
+        if lacks and one_process and self._engine.kind != "plain":
+            self._engine = replace(self._engine, procs=1)
+
+    def _note_lack(self, name: str, found: str, allowed: str, action: str) -> None:
+        if self._outside:
+            action = "nothing, if this is a login node; ask a node: the same command there"
+        self.checks.append((warning if self._outside else failure)(name, found, allowed, action))
 
     @cached_property
     def device(self) -> str:
@@ -139,9 +164,7 @@ class _Choice:
         try:
             return choose_device(self._engine)
         except ConfigError as error:
-            self.checks.append(
-                failure("device", str(error), "a CUDA GPU", "see the lines on devices")
-            )
+            self._note_lack("device", str(error), "a CUDA GPU", "see the lines on devices")
         except ImportError:
             pass  # torch is missing, and the lines on versions say so
         return "cpu"
@@ -152,9 +175,11 @@ class _Choice:
         try:
             return choose_procs(self._engine, self.device)
         except ConfigError as error:
-            self.checks.append(
-                failure("processes", str(error), "a GPU for each process", "use fewer --procs")
-            )
+            name, allowed, action = "processes", "a GPU for each process", "use fewer --procs"
+            if self._engine.kind == "plain":
+                self.checks.append(failure(name, str(error), "one process", action))
+            else:
+                self._note_lack(name, str(error), allowed, action)
             return 1
 
 

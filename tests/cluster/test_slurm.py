@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,17 +37,17 @@ class Slurm:
         path.write_text(json.dumps(content))
         return path
 
-    def accrete(self, *words, check=True):
+    def accrete(self, *words, check=True, **more):
         return self.cluster.run(
             "ctl",
             [sys.executable, "-m", "accrete.launch.cli", *words],
-            env=self.environment,
+            env={**self.environment, **more},
             check=check,
         )
 
-    def submit(self, recipe, run_dir, *words, settings: Path | None = None) -> str:
+    def submit(self, recipe, run_dir, *words, settings: Path | None = None, **more) -> str:
         options = ("--cluster", settings or self.settings, "--run-dir", run_dir)
-        done = self.accrete("launch", "slurm", recipe, *words, *options)
+        done = self.accrete("launch", "slurm", recipe, *words, *options, **more)
         assert done.stdout.startswith("job "), done.stdout
         return done.stdout.split()[1].rstrip(":")
 
@@ -188,8 +190,19 @@ def test_a_second_writer_is_fenced_off(slurm, recipe, undisturbed, require_same,
     assert len(steps) == len(set(steps))
 
 
+FORBIDDEN = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "forbidden here" >&2; exit 1; fi
+exec {scontrol} "$@"
+"""
+
+
 def test_a_sweep_learns_common_stages_once(slurm, recipe, require_same, tmp_path):
-    """Two orders with the same first task: the second branches off from the first."""
+    """Two orders with the same first task: the second branches off from the first, which goes on in
+    a job of its own after an interruption, for requeueing is forbidden."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(FORBIDDEN.format(scontrol=shutil.which("scontrol")))
+    scontrol.chmod(0o755)
     content = json.loads(recipe.read_text())
     content["train"]["max_steps"] = 20
     first, second = tmp_path / "abc.yaml", tmp_path / "acb.yaml"
@@ -197,9 +210,17 @@ def test_a_sweep_learns_common_stages_once(slurm, recipe, require_same, tmp_path
     one, two, three = content["tasks"]
     second.write_text(json.dumps({**content, "tasks": [one, three, two]}))
     sweep = ("--sweep", f"recipe={first},{second}", "--sweep", "seed=0")
-    slurm.submit(first, tmp_path / "sweep", *sweep)
-    last = tmp_path / "sweep" / "acb-seed0"
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    job = slurm.submit(first, tmp_path / "sweep", *sweep, PATH=path)
+    parent, last = (tmp_path / "sweep" / f"{name}-seed0" for name in ("abc", "acb"))
+    wait_until(lambda: events(parent, "step"), 120, lambda: story(parent))
+    slurm.cluster.run("ctl", ["scancel", "--signal=TERM", job])  # the trainers, as preemption does
+    wait_until(lambda: len(attempts(parent, "queued")) == 2, 120, lambda: story(parent))
     wait_until(lambda: (last / "launch" / "finished.json").exists(), 240, lambda: story(last))
+    assert [x["outcome"] for x in attempts(parent, "judged")] == ["again", "finished"]
+    waited = [x["job"] for x in attempts(last, "queued")]
+    assert len(waited) == 2, story(last)
+    assert slurm.state(waited[0]) == "COMPLETED"
     assert json.loads((last / "lineage.json").read_text())["stage"] == 0
     trained = [(x["stage"], x["task"]) for x in events(last, "stage_started")]
     assert trained == [(0, "one"), (1, "three"), (2, "two")]

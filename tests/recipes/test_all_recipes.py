@@ -170,15 +170,54 @@ def test_clusters(name: str, nodes: int, procs: int, device: str) -> None:
     assert cluster.description
 
 
-@pytest.mark.parametrize("name", CONTRACT)
-def test_dry_run(name: str, tmp_path: Path) -> None:
-    """What would be submitted, without rows, model or cluster."""
+RENDERED = {
+    # the files of a launcher: what stands in one of them
+    "slurm": {"job.sbatch": "#SBATCH --nodes=2"},
+    "hosts": {"hostfile": "node2 slots=8", "hosts.sh": "nodes=2", "node.sh": "NPROC_PER_NODE=8"},
+    "k8s": {"k8s.yaml": "completions: 2"},
+}
+
+
+def dry_run(launcher: str, name: str, folder: Path, *words: str) -> Any:
     from typer.testing import CliRunner
 
     from accrete.launch.cli import app
 
-    command = ["launch", "slurm", name, f"data.root={tmp_path}", "--cluster", "two_nodes_8"]
-    options = ["--time", "12:00:00", "--run-dir", str(tmp_path / "run"), "--dry-run"]
+    command = ["launch", launcher, name, *words, "--nodes", "2", "--procs-per-node", "8"]
+    options = ["--run-dir", str(folder / "run"), "--dry-run"]
     done = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
-    assert done.exit_code == 0
-    assert "#SBATCH --nodes=2" in done.output
+    assert done.exit_code == 0, done.output
+    for file, part in RENDERED[launcher].items():
+        assert part in (folder / "run" / "launch" / file).read_text()
+        assert part in done.stdout
+    return done
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("launcher", RENDERED)
+def test_dry_run(launcher: str, name: str, tmp_path: Path) -> None:
+    """What would be started, without rows, model, cluster or the cluster's settings."""
+    dry_run(launcher, name, tmp_path, f"data.root={tmp_path}", "--time", "12:00:00")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [("slurm", ""), ("hosts", "--hostfile"), ("k8s", "k8s.image and k8s.claim not set")],
+)
+def test_a_dry_run_names_what_a_start_needs(launcher: str, said: str, tmp_path: Path) -> None:
+    complaint = dry_run(launcher, "quickstart", tmp_path).stderr
+    assert said in complaint
+    assert bool(said) == complaint.startswith("warning: ")
+
+
+@pytest.mark.parametrize("launcher", ["hosts", "k8s"])
+def test_a_start_refuses_placeholders(launcher: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from accrete.launch.cli import app
+    from accrete.pipeline.errors import ConfigError
+
+    command = ["launch", launcher, "quickstart", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match=f"accrete launch {launcher} needs"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert not (tmp_path / "run").exists()

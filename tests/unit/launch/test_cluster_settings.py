@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from accrete.launch.cluster.request import engine_overrides, make_request
-from accrete.launch.cluster.settings import ClusterConfig, load_cluster, time_in_seconds
+from accrete.launch.cluster.settings import (
+    ClusterConfig,
+    StorageConfig,
+    load_cluster,
+    nodes_in_file,
+    time_in_seconds,
+)
 from accrete.pipeline.errors import ConfigError
 
 
@@ -38,6 +44,9 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     config = load_cluster(str(file), nodes=2)
     assert (config.nodes, config.procs_per_node, config.time) == (2, 8, "12:00:00")
     assert config.slurm.partition == "long"
+    assert nodes_in_file(file) == 4
+    file.write_text("")
+    assert nodes_in_file(str(file)) is nodes_in_file(None) is None
 
 
 def test_all_mistakes_of_a_file_at_once(tmp_path: Path) -> None:
@@ -83,6 +92,27 @@ def test_what_the_cluster_says_of_the_engine_gives_way_to_the_user(tmp_path: Pat
     request = make_request("quickstart", ["engine.device=cpu"], tmp_path, cluster)
     engine = request.recipe.config.engine
     assert (engine.procs, engine.device, request.world) == (4, "cpu", 8)
+
+
+def test_nodes_get_the_caches_of_the_machine_that_submits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCRETE_CACHE", "cache")
+    monkeypatch.setenv("HF_HOME", "/shared/hf")
+
+    def storage(cluster: ClusterConfig, **options: bool) -> tuple[str | None, str | None]:
+        found = make_request("quickstart", [], tmp_path / "run", cluster, **options).cluster.storage
+        return found.cache, found.hf_home
+
+    assert storage(ClusterConfig()) == (str(tmp_path / "cache"), "/shared/hf")
+    said = ClusterConfig(storage=StorageConfig(cache="/a", hf_home="/b"))
+    assert storage(said) == ("/a", "/b")
+    nodes = ClusterConfig(env={"ACCRETE_CACHE": "/c"}, setup=["export HF_HOME=/d"])
+    assert storage(nodes) == (None, None)
+    assert storage(ClusterConfig(), own_caches=False) == (None, None)  # pods
+    monkeypatch.delenv("HF_HOME")
+    assert storage(ClusterConfig()) == (str(tmp_path / "cache"), None)
 
 
 def test_one_process_cannot_be_many(tmp_path: Path) -> None:

@@ -151,6 +151,19 @@ def test_the_first_node_that_never_comes(prepared: RunDir) -> None:
         node._await_first_node(prepared, 0.0)
 
 
+def test_the_launcher_says_how_long_to_wait(
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Image pulls of pods take longer than anything that a run folder made ready needs."""
+    waited = []
+    place = Place(nodes=2, node_rank=1, procs_per_node=1, master_addr="node1", master_port=20001)
+    monkeypatch.setattr(os, "environ", {**os.environ, **place.to_environment()})
+    monkeypatch.setattr(node, "_await_first_node", lambda folder, seconds: waited.append(seconds))
+    node.get_ready(prepared.path, None, [])
+    node.get_ready(prepared.path, None, [], 7200.0)
+    assert waited == [300.0, 7200.0]
+
+
 def test_a_node_that_cannot_start_leaves_word(prepared: RunDir, tmp_path: Path) -> None:
     """The folder of the model is gone: the attempt fails for a reason of its own, and says it."""
     from accrete.launch.cluster.verdict import Outcome, judge

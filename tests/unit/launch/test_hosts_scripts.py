@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from accrete.launch.cli import app
 from accrete.launch.cluster import hosts
 from accrete.launch.cluster.request import LaunchRequest, make_request
 from accrete.launch.cluster.settings import ClusterConfig, HostsConfig
@@ -86,6 +88,32 @@ def test_hosts_of_the_command_line(tmp_path: Path) -> None:
         given(file=file)
     with pytest.raises(ConfigError, match="one of them"):
         given("a", file)
+
+
+def test_a_dry_run_makes_names_up() -> None:
+    filled, missing = hosts.with_placeholders(ClusterConfig(nodes=2))
+    assert filled.hosts.hosts == ["node1", "node2"]
+    assert missing is not None
+    assert "--hostfile" in missing
+    assert hosts.with_placeholders(CLUSTER) == (CLUSTER, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes"),
+    [([], 2), (["--nodes", "3"], 3), (["--cluster", "{empty}"], 3)],
+)
+def test_spares_stay_spares(words: list[str], nodes: int, tmp_path: Path) -> None:
+    """`nodes` of the cluster's file holds, unless the command says otherwise."""
+    (tmp_path / "two.yaml").write_text("nodes: 2\n")
+    (tmp_path / "empty.yaml").write_text("procs_per_node: 1\n")
+    run = tmp_path / "run"
+    options = ["--hosts", "a,b,c", "--cluster", str(tmp_path / "two.yaml"), "--run-dir", str(run)]
+    more = [word.format(empty=tmp_path / "empty.yaml") for word in words]
+    command = ["launch", "hosts", "quickstart", *options, *more, "--dry-run"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"\nnodes={nodes}\n" in (run / "launch" / "hosts.sh").read_text()
+    assert len((run / "launch" / "hostfile").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ FULL = replace(
 
 
 def request_for(cluster: ClusterConfig, run_dir: str = "/home/me/runs/My run") -> LaunchRequest:
-    return make_request("quickstart", [], Path(run_dir), cluster)
+    return make_request("quickstart", [], Path(run_dir), cluster, own_caches=False)
 
 
 def manifest(cluster: ClusterConfig, run_dir: str = "/home/me/runs/My run") -> dict[str, Any]:
@@ -152,6 +153,7 @@ def test_the_request_travels_in_the_config_map(tmp_path: Path) -> None:
     assert load_recipe(kept.recipe).resolved() == request.recipe.resolved()
     subprocess.run(["bash", "-n", str(folder / "node.sh")], check=True)
     assert "export NCCL_IB_HCA='mlx5'" in files["node.sh"]
+    assert "--request /run/accrete --wait 7200 &" in files["node.sh"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,14 @@ def test_the_request_travels_in_the_config_map(tmp_path: Path) -> None:
 def test_missing_settings(settings: K8sConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         k8s.render(request_for(replace(SMALL, k8s=settings)))
+
+
+def test_a_dry_run_makes_image_and_claim_up() -> None:
+    filled, missing = k8s.with_placeholders(replace(SMALL, k8s=K8sConfig(claim="mine")))
+    assert (filled.k8s.image, filled.k8s.claim) == (f"accrete:{version('accrete')}", "mine")
+    assert missing is not None
+    assert "k8s.image not set" in missing
+    assert k8s.with_placeholders(SMALL) == (SMALL, None)
 
 
 KUBECTL = """#!/bin/bash

@@ -12,7 +12,7 @@ import pytest
 
 from accrete.launch.cli import main
 from accrete.launch.cluster import slurm, slurm_sweep
-from accrete.launch.cluster.request import make_request, write_files
+from accrete.launch.cluster.request import Branch, make_request, write_files
 from accrete.launch.cluster.settings import ClusterConfig, SlurmConfig
 from accrete.launch.cluster.sweep import make_requests, parse_axes, point_name, shared_tasks
 from accrete.pipeline.errors import ConfigError
@@ -123,15 +123,29 @@ def paper(tmp_path: Path) -> PaperSlurm:
     return PaperSlurm(tmp_path)
 
 
-def run_job(paper: PaperSlurm, tmp_path: Path, verdict: int, during: str = "") -> int:
-    """Run the job's script; `verdict` is the status of its own judge."""
+def run_job(
+    paper: PaperSlurm,
+    tmp_path: Path,
+    verdict: int,
+    during: str = "",
+    setup: tuple[str, ...] = (),
+    parent: int | None = None,
+) -> int:
+    """Run the job's script; `verdict` is the status of its own judge, `parent` that of the
+    question whether a branch can begin."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\necho "python $*" >>{paper.log}\nexit {verdict}\n')
+    python.write_text(
+        f'#!/bin/bash\necho "python $*" >>{paper.log}\n'
+        f'case "$*" in *verdict*) exit {verdict};; *await*) exit {parent};; esac\n'
+    )
     python.chmod(0o755)
     paper.write("srun", f'echo "$MASTER_ADDR $NNODES $ACCRETE_ATTEMPT" >>{paper.log}\n{during}')
     paper.write("sleep", "")  # after a requeue the script waits for its end
-    cluster = ClusterConfig(nodes=2, device="cpu", time="1:00:00", python=str(python))
-    request = make_request("quickstart", [], tmp_path / "a run", cluster)
+    cluster = ClusterConfig(
+        nodes=2, device="cpu", time="1:00:00", python=str(python), setup=list(setup)
+    )
+    branch = None if parent is None else Branch(parent=tmp_path / "parent", stage=0)
+    request = make_request("quickstart", [], tmp_path / "a run", cluster, branch)
     write_files(request, slurm.render(request))
     done = subprocess.run(
         ["bash", request.launch_dir / "job.sbatch"],
@@ -161,6 +175,31 @@ def test_only_the_verdict_requeues(paper: PaperSlurm, tmp_path: Path) -> None:
 def test_the_job_queues_itself_again(paper: PaperSlurm, tmp_path: Path) -> None:
     assert run_job(paper, tmp_path, verdict=75) == 75
     assert paper.calls()[-2:] == ["scontrol requeue 7", "sleep 120"]
+
+
+def test_where_requeueing_is_forbidden_a_new_job_goes_on(paper: PaperSlurm, tmp_path: Path) -> None:
+    show = '[ "$2" = hostnames ] && echo n1; [ "$2" = show ] && echo "JobState=RUNNING Restarts=1"'
+    paper.write("scontrol", f'[ "$1" != requeue ] || exit 1\n{show}')
+    assert run_job(paper, tmp_path, verdict=75) == 0
+    assert paper.calls()[-1].startswith("python -m accrete.launch.cluster.chain next --run-dir")
+
+
+@pytest.mark.parametrize(("parent", "status", "starts"), [(0, 0, 1), (75, 0, 0), (1, 1, 0)])
+def test_a_branch_asks_whether_it_can_begin(
+    paper: PaperSlurm, tmp_path: Path, parent: int, status: int, starts: int
+) -> None:
+    assert run_job(paper, tmp_path, verdict=0, parent=parent) == status
+    assert len([x for x in paper.calls() if x.startswith("srun")]) == starts
+
+
+@pytest.mark.parametrize(("signal", "ending"), [("USR1", "limit"), ("TERM", "cancel")])
+def test_a_signal_during_a_long_setup(
+    paper: PaperSlurm, tmp_path: Path, signal: str, ending: str
+) -> None:
+    """It does not kill the shell, and nothing is started any more."""
+    assert run_job(paper, tmp_path, verdict=1, setup=(f"kill -{signal} $$",)) == 1
+    assert not [x for x in paper.calls() if x.startswith("srun")]
+    assert paper.calls()[-1].endswith(f"--ending {ending}")
 
 
 @pytest.mark.parametrize(("state", "restarts"), [("PENDING", 2), ("RUNNING", 2)])

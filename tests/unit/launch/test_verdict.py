@@ -37,6 +37,10 @@ def test_progress_is_ordered(folder: RunDir) -> None:
     for name in ("stage-0-step-9", "stage-0-step-10", "stage-0", "stage-1-step-2", "stage-10"):
         save(folder, name)
         seen.append(attempts.read_progress(folder))
+    part = folder.partial / "10" / "0.json"
+    part.parent.mkdir(parents=True)
+    write_json(part, [])
+    seen.append(attempts.read_progress(folder))
     (folder.checkpoints / ".stage-11.part").mkdir()
     assert seen == sorted(seen)
     assert len(set(seen)) == len(seen)
@@ -136,6 +140,25 @@ def test_a_new_attempt_fences_the_old_one_off(folder: RunDir) -> None:
     with pytest.raises(fence.FencedError, match=r"taken over by attempt a\.1"):
         old.check()
     fence.Fence(folder.owner, None).check()
+
+
+def test_a_token_that_is_cut_is_read_again(folder: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another node of some file systems sees a replaced file: as long as the old one was."""
+    token = attempts.begin_attempt(folder, "a.10", {})
+    whole = folder.owner.read_text()
+    folder.owner.write_text(whole[:-2])
+    looks = []
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            folder.owner.write_text(whole)
+
+    monkeypatch.setattr(fence.time, "sleep", wait)
+    assert fence.read_owner(folder.owner) == token
+    assert len(looks) == 3
+    folder.owner.write_text("by hand")  # no line break ever comes
+    assert fence.read_owner(folder.owner, patience=0.0) == "by hand"
 
 
 def test_going_on_by_hand_takes_the_run_over(folder: RunDir) -> None:
