@@ -87,7 +87,7 @@ def _require_same(folder: Path, model: object) -> None:
     again = type(model).from_pretrained(folder, dtype="auto")  # type: ignore[attr-defined]
     written = model.state_dict()  # type: ignore[attr-defined]
     for name, value in again.state_dict().items():
-        if not torch.equal(value, written[name]):
+        if not torch.equal(value, written[name].cpu()):
             raise RunFolderError(f"{folder}: {name} was not written as it is; check the disk.")
 
 

@@ -33,6 +33,8 @@ class Patience:
     """For the other ranks to end by themselves and say why, once one has failed."""
     after_signal: float = 15.0
     """Between asking a worker to end and killing it."""
+    after_stop: float = 900.0
+    """The same after SIGTERM, upon which the run saves after the step it is in."""
 
 
 def worker_environment(procs: int, device: str, base: Mapping[str, str]) -> dict[str, str]:
@@ -185,6 +187,10 @@ class _Workers:
             else:
                 running.discard(rank)
                 told = self._run_dir.error_file(rank).exists()
+                if self._phase is _Phase.ASKED:
+                    # All leave together: who is still here is stuck.
+                    soon = time.monotonic() + self._patience.after_signal
+                    self._deadline = min(self._deadline, soon)
                 if status != 0 and (told or self._phase < _Phase.ASKED):
                     failures.append(read_failure(self._run_dir, rank, status, ended))
             self._escalate(failed=bool(failures))
@@ -196,7 +202,9 @@ class _Workers:
         """Go on to the next, less patient phase when it is time."""
         now = time.monotonic()
         if self.signal is not None and self._phase < _Phase.ASKED:
-            self._phase, self._deadline = _Phase.ASKED, now + self._patience.after_signal
+            saves = self.signal is signal.SIGTERM
+            patience = self._patience.after_stop if saves else self._patience.after_signal
+            self._phase, self._deadline = _Phase.ASKED, now + patience
         elif failed and self._phase is _Phase.RUNNING:
             self._phase, self._deadline = _Phase.FAILED, now + self._patience.after_failure
         elif now > self._deadline and self._phase is _Phase.FAILED:

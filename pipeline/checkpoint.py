@@ -104,7 +104,7 @@ def save(
     if fence is not None:
         fence.check()
     target = root / position.folder
-    for left in root.glob(f".{position.folder}.*part"):
+    for left in root.glob(".stage-*.part"):
         shutil.rmtree(left, ignore_errors=True)
     # A name of its own: a second writer that is about to be fenced off must not meet it.
     aside = root / f".{position.folder}.{secrets.token_hex(4)}.part"
@@ -196,11 +196,17 @@ def positions(run: Path) -> list[Position]:
 
 
 def newest(run: Path) -> tuple[Manifest | None, list[str]]:
-    """The newest checkpoint whose every byte is as recorded, and what is wrong with newer ones."""
+    """The newest checkpoint whose every byte is as recorded, and what is wrong with newer ones.
+
+    In mid-task the boundary before it belongs to it: that one holds the method's state.
+    """
     problems: list[str] = []
     for position in reversed(positions(run)):
         try:
-            return read_manifest(run / "checkpoints" / position.folder), problems
+            found = read_manifest(run / "checkpoints" / position.folder)
+            if position.step is not None and position.stage:
+                read_manifest(run / "checkpoints" / Position(stage=position.stage - 1).folder)
+            return found, problems
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems

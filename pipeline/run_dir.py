@@ -93,6 +93,8 @@ class RunDir:
         self.matrix = self.path / "matrix.json"
         self.report = self.path / "report.html"
         self.stages = self.path / "stages"
+        self.partial = self.path / "partial"
+        """Scores of a scoring that is under way: it goes on after what is here."""
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.launch = self.path / "launch"
@@ -170,7 +172,8 @@ class RunDir:
 
     def remove_if_empty_run(self) -> bool:
         """Remove what `create` made if no stage has started; returns whether it was removed."""
-        if not self.path.is_dir() or any(self.stages.glob("*")) or any(self.checkpoints.glob("*")):
+        work = (self.stages, self.checkpoints, self.partial)
+        if not self.path.is_dir() or any(entry for folder in work for entry in folder.glob("*")):
             return False
         started = (Event.STAGE_STARTED, Event.STEP)
         if self.events.exists() and any(e["event"] in started for e in read_events(self.events)):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +15,14 @@ import torch.distributed as dist
 from accrete.pipeline.parts import Parts, Scores
 from accrete.pipeline.records import Event
 from accrete.pipeline.run_dir import read_json, write_json, write_text
+from accrete.pipeline.scoring import RowScore, TaskScore
 
 if TYPE_CHECKING:
-    from accrete.pipeline.scoring import ModelView, TaskScore
+    from accrete.pipeline.scoring import ModelView
+
+KEPT_EVERY = 2000
+"""A scoring is kept about every so many rows: fewer would leave ranks without batches, more would
+be lost when it is cut off."""
 
 
 class Scorebook:
@@ -34,8 +42,26 @@ class Scorebook:
         self._view = view
 
     def _evaluate(self, indices: list[int], stage: int) -> dict[int, TaskScore]:
-        """Score tasks and record each; `stage` -1 is the model as it came."""
-        scores = self.parts.evaluator(self._view, [self.parts.tasks[i] for i in indices])
+        """Score tasks and record each; `stage` -1 is the model as it came.
+
+        Group by group, each kept on disk when it is scored: one that is cut off goes on after the
+        last. The groups follow from the recipe, so a row is in the same batch in every life.
+        """
+        found: dict[int, TaskScore] = {}
+        for group in _groups(indices, self.scores.counts):
+            kept = self._partial(stage) / f"{group[0]}.json"
+            here = _read_scores(kept) if self.chief else None
+            scores = self._view.gather(here)[0]
+            if scores is None:
+                scores = self.parts.evaluator(self._view, [self.parts.tasks[i] for i in group])
+                self._record(group, scores, stage)
+                if self.chief:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(kept, [asdict(score) for score in scores])
+            found.update(zip(group, scores, strict=True))
+        return found
+
+    def _record(self, indices: list[int], scores: list[TaskScore], stage: int) -> None:
         for index, score in zip(indices, scores, strict=True):
             after = "after" if index <= stage else "before"
             self.parts.recorder.emit(
@@ -47,7 +73,14 @@ class Scorebook:
                 seconds=score.seconds,
                 moment="untrained" if stage < 0 else after,
             )
-        return dict(zip(indices, scores, strict=True))
+
+    def _partial(self, stage: int) -> Path:
+        return self.parts.run.partial / ("untrained" if stage < 0 else str(stage))
+
+    def forget(self, stage: int) -> None:
+        """Drop what a scoring under way has kept: it is over, or the stage is trained anew."""
+        if self.chief:
+            shutil.rmtree(self._partial(stage), ignore_errors=True)
 
     def score_untrained(self) -> None:
         """Scores of the model as it came, for forward transfer."""
@@ -59,6 +92,7 @@ class Scorebook:
                 self.scores.untrained[index] = score.score
         if self.chief:
             write_json(self.parts.run.path / "untrained.json", {"scores": self.scores.untrained})
+        self.forget(-1)
 
     def score_stage(self, index: int) -> None:
         """Score all tasks so far (and the next, for forward transfer); write the stage's row."""
@@ -93,6 +127,7 @@ class Scorebook:
             write_text(folder.predictions, "\n".join(lines) + "\n")
             # Written last: its presence says that the stage is scored.
             write_json(folder.score, {"row": row, "next": following, "seconds": seconds})
+            self.forget(index)
             self.results = self.parts.on_scores(self.scores)
         self.parts.recorder.emit(
             Event.STAGE_FINISHED,
@@ -122,3 +157,26 @@ class Scorebook:
         if self.chief and not self.results:  # resumed after the last score was written
             self.results = self.parts.on_scores(self.scores)
         return self.results
+
+
+def _groups(indices: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Neighbours put together until they have `KEPT_EVERY` rows."""
+    groups: list[list[int]] = []
+    rows = KEPT_EVERY
+    for index in indices:
+        if rows >= KEPT_EVERY:
+            groups.append([])
+            rows = 0
+        groups[-1].append(index)
+        rows += counts[index]
+    return groups
+
+
+def _read_scores(path: Path) -> list[TaskScore] | None:
+    """What `_evaluate` has kept of a group, if it was scored."""
+    if not path.is_file():
+        return None
+    return [
+        TaskScore(**{**score, "rows": [RowScore(**row) for row in score["rows"]]})
+        for score in read_json(path)
+    ]

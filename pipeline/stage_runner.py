@@ -68,8 +68,10 @@ class StageRunner:
         """Go from the newest checkpoint, or from the start, to the last task's scores."""
         began = time.perf_counter()
         position = self._restore()
-        if position is None:
+        if position is None or (position.stage == 0 and position.step is not None):
+            # No boundary holds the method's state yet, and the model is still untrained.
             self.parts.method.on_sequence_start(self._stage(0))
+        if position is None:
             self.book.score_untrained()
         first = 0 if position is None else position.stage
         for index in range(first, len(self.parts.tasks)):
@@ -111,6 +113,7 @@ class StageRunner:
         method, recorder = self.parts.method, self.parts.recorder
         began = time.perf_counter()
         stage = self._stage(index)
+        self.book.forget(index)
         if position is None:
             recorder.emit(
                 Event.STAGE_STARTED,
@@ -158,6 +161,8 @@ class StageRunner:
             factors = self._consolidated(stage)
             if self.chief:
                 model_path = self.parts.model_path
+                if self.parts.fence is not None:
+                    self.parts.fence.check()
                 save_adapter(self.parts.adapted, factors, model_path, folder.adapter)
         elif self.chief:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -227,7 +232,8 @@ class StageRunner:
                     self._keep(state, f"{key}/{name}", self.engine.moment(name, key))
         tensors = {"state": state}
         if position.step is None:
-            tensors["method"] = self.parts.method.state_dict()
+            kept = self.parts.method.state_dict()
+            tensors["method"] = {name: value.cpu() for name, value in kept.items()}
         if self.chief:
             run = self.parts.run
             path = checkpoint.save(

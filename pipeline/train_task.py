@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from accrete.pipeline.methods.base import Method
 
 MAX_STEP_SUMS = 6
+TERMS = "loss_with_terms"
+"""Among a step's sums: the loss with what the method adds to it, for a check alone."""
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -67,7 +69,8 @@ def train_task(
         stop: What this rank was asked.
 
     Raises:
-        MethodError: The loss is no longer finite; raised on every rank before the weights move.
+        MethodError: The loss, with or without the method's terms, or the gradient is no longer
+            finite; raised on every rank before the weights move.
 
     Collective: yes.
     """
@@ -84,8 +87,10 @@ def train_task(
         asked = stop is not None and stop.received is not None
         sums, stopping = _backward(stage, method, rows, label_tokens, asked)
         _require_finite(sums["loss"], stage, step)
+        _require_finite(sums.pop(TERMS), stage, step, what="loss with the method's terms")
         method.after_backward(stage)
         norm = stage.engine.step(rate)
+        _require_finite(norm, stage, step, what="norm of the gradient")
         method.after_step(stage)
         recorder.emit(
             Event.STEP,
@@ -98,7 +103,7 @@ def train_task(
             label_tokens=label_tokens,
             rows=len(rows),
             seconds=time.perf_counter() - began,
-            **({} if norm is None else {"grad_norm": norm}),
+            grad_norm=norm,
             **_with_share(sums),
         )
         if after_step is not None:
@@ -118,7 +123,7 @@ def _backward(
     engine = stage.engine
     factor = engine.world * engine.accumulation / max(1, label_tokens)
     # One vector of fixed length for every method: logging costs the same collective for all.
-    totals = torch.zeros(2 + MAX_STEP_SUMS, dtype=torch.float64, device=engine.device)
+    totals = torch.zeros(3 + MAX_STEP_SUMS, dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(stage.micro_batches(rows), start=1):
         last = number == engine.accumulation
         logits = stage.logits(batch)
@@ -127,15 +132,16 @@ def _backward(
         loss = task_loss * factor
         for term in method.loss_terms(stage, batch, logits).values():
             loss = loss + term
+        totals[1] += loss.detach()
         method.before_backward(stage, last)
         engine.backward(loss, last)
     sums = method.step_sums()
-    for place, value in enumerate(sums.values(), start=1):
+    for place, value in enumerate(sums.values(), start=2):
         totals[place] = value
     totals[-1] = asked
     sum_over_ranks(totals, engine.world)
-    loss_sum, *values, stopping = totals.tolist()
-    named = dict(zip(sums, values, strict=False))
+    loss_sum, with_terms, *values, stopping = totals.tolist()
+    named = {TERMS: with_terms, **dict(zip(sums, values, strict=False))}
     return {"loss": loss_sum / max(1, label_tokens), **named}, stopping > 0
 
 
@@ -151,10 +157,10 @@ def _with_share(sums: dict[str, float]) -> dict[str, float]:
     return sums
 
 
-def _require_finite(loss: float, stage: Stage, step: int) -> None:
-    if not math.isfinite(loss):
+def _require_finite(value: float, stage: Stage, step: int, what: str = "loss") -> None:
+    if not math.isfinite(value):
         raise MethodError(
-            f"The loss of task {stage.name} (stage {stage.index}) is {loss} at step {step + 1}; "
+            f"The {what} of task {stage.name} (stage {stage.index}) is {value} at step {step + 1}; "
             "the weights were not changed. Lower train.learning_rate (or the method's weight), set "
             "train.max_grad_norm=1.0, and `accrete resume` from the last checkpoint."
         )

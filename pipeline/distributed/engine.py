@@ -36,6 +36,12 @@ class OptimizerSettings:
         )
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of all whole gradients that are there, as one vector."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 class Engine(Protocol):
     """A model, its optimizer and its shards. `names` are the trainable parameters, in order."""
 
@@ -56,9 +62,9 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, learning_rate: float) -> float | None:
-        """Clip, move the weights, drop the gradients; the gradient's norm if it is known.
-        Collective: yes.
+    def step(self, learning_rate: float) -> float:
+        """Clip, move the weights, drop the gradients; returns the gradient's norm before clipping.
+        Where that is not finite no weight has moved. Collective: yes.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings
+from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings, gradient_norm
 
 
 class PlainEngine:
@@ -41,10 +42,12 @@ class PlainEngine:
         """Backward of one micro-batch."""
         (loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, learning_rate: float) -> float | None:
-        """Clip, move the weights, drop the gradients."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+    def step(self, learning_rate: float) -> float:
+        """Clip, move the weights, drop the gradients; if they are not finite, nothing moves."""
+        norm = gradient_norm(self.parameters.values())
+        if not math.isfinite(norm):
+            self._optimizer.zero_grad()
+            return norm
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(list(self.parameters.values()), self._max_grad_norm)
         for group in self._optimizer.param_groups:

@@ -8,6 +8,7 @@ ZeRO 3 when padding is needed, so the local ones are used there.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from accrete.pipeline.distributed.comm import Ranks
-from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings
+from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings, gradient_norm
 from accrete.pipeline.errors import DistributedError
 
 
@@ -125,14 +126,21 @@ class ZeroEngine:
         elif not self._engine.is_gradient_accumulation_boundary():
             raise DistributedError("DeepSpeed and accrete disagree on where a step ends.")
 
-    def step(self, learning_rate: float) -> float | None:
-        """Clip, move the weights, drop the gradients. Collective: yes."""
+    def step(self, learning_rate: float) -> float:
+        """Clip, move the weights, drop the gradients. Collective: yes.
+
+        At ZeRO 1 to 3 DeepSpeed leaves a step out whose gradients are not finite; at ZeRO 0 it
+        would take it, so accrete looks first: there every rank holds the whole, reduced gradients.
+        """
+        whole = gradient_norm(self.parameters.values()) if self.stage == 0 else 0.0
+        if not math.isfinite(whole):
+            return whole
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         self._seen.clear()
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return whole if norm is None else float(norm)
 
     # -- values -----------------------------------------------------------------------------
 

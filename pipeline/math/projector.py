@@ -34,8 +34,8 @@ class Projector:
         """
         values, vectors = eigenpairs(covariance)
         size = max(1, rank_for(values, share))
-        count, keeps = cls.layout(covariance.shape[0], size)
-        return cls(size, (vectors[:, :size] if keeps else vectors[:, -count:]).contiguous(), keeps)
+        _, keeps = cls.layout(covariance.shape[0], size)
+        return cls(size, (vectors[:, :size] if keeps else vectors[:, size:]).contiguous(), keeps)
 
     @staticmethod
     def layout(dimension: int, size: int) -> tuple[int, bool]:

@@ -116,9 +116,11 @@ def _has_sdpa(settings: Any) -> bool:
 
 
 def _silence_generation_defaults(model: Any) -> None:
-    """Make `generate` greedy: a checkpoint's sampling defaults must not reach the scores."""
-    settings = model.generation_config
-    settings.do_sample = False
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "min_new_tokens"):
-        if hasattr(settings, name):
-            setattr(settings, name, None)
+    """Make `generate` greedy and nothing else: what a checkpoint wants sampled, forbidden or forced
+    (BART forces a first token and forbids repetitions) must not reach the scores.
+    """
+    from transformers import GenerationConfig
+
+    kept = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in kept})

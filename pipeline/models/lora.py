@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import nn
 
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.config import AdapterConfig
+from accrete.pipeline.run_dir import sync_folder
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Layer name -> (A [r, d_in], B [d_out, r])."""
@@ -191,21 +195,36 @@ def initial_factors(adapted: AdaptedModel, seed: int, stage: int) -> Factors:
 
 
 def save_adapter(adapted: AdaptedModel, factors: Factors, model_path: str, folder: Path) -> None:
-    """Write a peft folder (fp32) that `PeftModel.from_pretrained` loads."""
+    """Write a peft folder (fp32) that `PeftModel.from_pretrained` loads.
+
+    Every file takes its place whole; other files of the folder stay.
+    """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, (a, b) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a.float().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b.float().cpu().contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    aside.mkdir()
+    save_file(tensors, aside / ADAPTER_FILE, metadata={"format": "pt"})
     config = adapted.peft_config
     config.base_model_name_or_path = model_path
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     training = config.inference_mode
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    config.save_pretrained(str(aside))
     config.inference_mode = training
+    folder.mkdir(exist_ok=True)
+    for file in aside.iterdir():
+        # A checkpoint will name it by its checksum: it must not be younger on disk than that.
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+    sync_folder(folder)
 
 
 def load_factors(folder: Path) -> Factors:

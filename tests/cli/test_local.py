@@ -46,7 +46,8 @@ try:
     with run.lock() as lock:
         launch_local(run, [str(run.path)], procs=2, device="cpu", lock=lock,
                      command=[sys.executable, sys.argv[2]],
-                     patience=Patience(after_failure=0.3, after_signal=0.5))
+                     patience=Patience(after_failure=0.3, after_signal=0.5,
+                                       after_stop=float(sys.argv[3])))
 except LaunchError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -77,11 +78,17 @@ def launch(run: RunDir, body: str, procs: int = 2) -> None:
     )
 
 
-def start_launcher(run: RunDir, body: str) -> subprocess.Popen[str]:
+def start_launcher(run: RunDir, body: str, after_stop: float = 0.5) -> subprocess.Popen[str]:
     script = run.path.parent / "launcher.py"
     script.write_text(LAUNCHER)
     return subprocess.Popen(
-        [sys.executable, str(script), str(run.path), str(worker_script(run, body))],
+        [
+            sys.executable,
+            str(script),
+            str(run.path),
+            str(worker_script(run, body)),
+            str(after_stop),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -253,6 +260,24 @@ time.sleep(60)
     assert f"stopped by {number.name}" in errors
     assert "accrete resume" in errors
     assert [(run.path / f"signal-{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
+
+
+def test_a_save_after_sigterm_may_take_longer_than_an_end(run: RunDir) -> None:
+    script = """
+def save(number, frame):
+    time.sleep(1.5)
+    (run.path / f"saved-{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(run.path / f"ready-{rank}").touch()
+time.sleep(60)
+"""
+    launcher = start_launcher(run, script, after_stop=20)
+    wait_for(lambda: len(list(run.path.glob("ready-*"))) == 2)
+    launcher.terminate()
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert len(list(run.path.glob("saved-*"))) == 2
 
 
 def test_a_worker_deaf_to_signals_is_killed(run: RunDir) -> None:

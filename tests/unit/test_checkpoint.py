@@ -37,6 +37,8 @@ def test_round_trip(tmp_path):
 
 def test_newest_is_by_position_not_by_name(tmp_path):
     for position in (
+        Position(stage=1),
+        Position(stage=9),
         Position(stage=2, step=90),
         Position(stage=2, step=100),
         Position(stage=10, step=5),
@@ -44,9 +46,11 @@ def test_newest_is_by_position_not_by_name(tmp_path):
     ):
         write(tmp_path, position)
     assert [p.folder for p in checkpoint.positions(tmp_path)] == [
+        "stage-1",
         "stage-2-step-90",
         "stage-2-step-100",
         "stage-2",
+        "stage-9",
         "stage-10-step-5",
     ]
     assert checkpoint.newest(tmp_path)[0].position == Position(stage=10, step=5)
@@ -76,6 +80,23 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path, damage):
     manifest, problems = checkpoint.newest(tmp_path)
     assert manifest.position == Position(stage=0)
     assert len(problems) == 1
+
+
+@pytest.mark.parametrize("damage", ["bytes", "missing"])
+def test_in_mid_task_the_boundary_before_counts_as_well(tmp_path, damage):
+    """It has the method's state, without which the task would go on with no memory."""
+    write(tmp_path, Position(stage=0))
+    boundary = write(tmp_path, Position(stage=1))
+    write(tmp_path, Position(stage=2, step=4))
+    assert checkpoint.newest(tmp_path)[0].position == Position(stage=2, step=4)
+    path = boundary / "method.safetensors"
+    if damage == "bytes":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    else:
+        path.unlink()
+    manifest, problems = checkpoint.newest(tmp_path)
+    assert manifest.position == Position(stage=0)
+    assert len(problems) == 2
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):

@@ -121,6 +121,47 @@ def test_one_adapter_goes_on_by_default(run):
         assert torch.equal(b, before[name][1])
 
 
+class Remembers(Method):
+    """Measures the untrained model, keeps it as its state."""
+
+    Config = SequentialConfig
+
+    def on_sequence_start(self, stage):
+        self.kept = {"start": torch.cat([a.flatten() for a, _ in stage.factors().values()])}
+
+    def state_dict(self):
+        return self.kept
+
+    def load_state_dict(self, tensors):
+        self.kept = tensors
+
+
+def test_what_was_measured_at_the_start_outlives_a_cut_in_the_first_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(toys, "method_class", lambda kind: Remembers)
+    params = {"model": "llama_short", "zero": None, "micro": 4, "rows": 16, "every_steps": 1}
+
+    def start():
+        parts = toys.make_parts(ALONE, tmp_path, **params)
+        return parts, StageRunner(parts)
+
+    parts, runner = start()
+    save = runner._save
+
+    def save_and_stop(stage, position):
+        save(stage, position)
+        raise KeyboardInterrupt
+
+    runner._save = save_and_stop
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    parts.recorder.close()
+    kept = parts.method.kept["start"]
+    again, runner = start()
+    runner.run()
+    again.recorder.close()
+    assert torch.equal(again.method.kept["start"], kept)
+
+
 class FrozenA(Method):
     Config = SequentialConfig
 

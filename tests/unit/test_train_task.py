@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+import toys
+
 from accrete.pipeline.config.run import TrainConfig
+from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.errors import MethodError
+from accrete.pipeline.methods.base import Method
+from accrete.pipeline.methods.sequential import SequentialConfig
 from accrete.pipeline.stage import accumulation, batch_share, row_losses
+from accrete.pipeline.stage_runner import StageRunner
 from accrete.pipeline.train_task import _require_finite, _with_share, learning_rate, seed_step
 
 
@@ -80,6 +91,36 @@ def test_share_of_the_penalty():
         "penalty_share": 0.0,
     }
     assert _with_share({}) == {}
+
+
+class Poisoned(Method):
+    """Adds a term, or a gradient, that is no number in the second step."""
+
+    Config = SequentialConfig
+    how: ClassVar[str]
+
+    def loss_terms(self, stage, batch, logits):
+        broken = math.nan if self.how == "term" and stage.step == 1 else 1.0
+        return {"one": logits.square().mean() * broken}
+
+    def after_backward(self, stage):
+        if self.how == "gradient" and stage.step == 1:
+            for name in stage.engine.parameters:
+                stage.engine.write_gradient(name, stage.engine.gradient(name) * math.nan)
+
+
+@pytest.mark.parametrize(("how", "what"), [("term", "method's terms"), ("gradient", "gradient")])
+def test_what_is_no_number_stops_the_run_before_a_weight_moves(tmp_path, monkeypatch, how, what):
+    monkeypatch.setattr(Poisoned, "how", how, raising=False)
+    monkeypatch.setattr(toys, "method_class", lambda kind: Poisoned)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    parts = toys.make_parts(alone, tmp_path, model="llama_short", zero=None, micro=4, rows=24)
+    runner = StageRunner(parts)
+    with pytest.raises(MethodError, match=what):
+        runner.run()
+    parts.recorder.close()
+    assert all(bool(value.isfinite().all()) for value in parts.engine.parameters.values())
+    assert all(bool(value.detach().any()) for value in parts.engine.parameters.values())
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -1,0 +1,101 @@
+"""A scoring that is cut off goes on after the tasks that are scored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+import toys
+
+from accrete.pipeline import checkpoint, scorebook
+from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.scoring import RowScore, TaskScore
+from accrete.pipeline.stage_runner import StageRunner
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class CutError(Exception):
+    pass
+
+
+class Scorer:
+    """Scores that follow from the model as it stands; may be cut off before its n-th call."""
+
+    def __init__(self, cut=None):
+        self.calls = []
+        self.cut = cut
+
+    def __call__(self, view, tasks):
+        if len(self.calls) == self.cut:
+            raise CutError
+        self.calls.append([task.name for task in tasks])
+        return [self.score(view, task.name) for task in tasks]
+
+    def score(self, view, task):
+        rows = toys.ToyRows(len(task), 4, 4).all
+        collator = toys.Collator(False, toys.PAD, None, toys.EOS)
+        value = float(view.logits(collator.train(rows)).abs().mean()) / 10
+        row = RowScore(task=task, id="1", correct=False, score=value, prediction="ü")
+        return TaskScore(task=task, score=100 * value, rows=[row], seconds=1.0)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorebook, "KEPT_EVERY", 1)
+
+    def make(name, scorer):
+        parts = toys.make_parts(
+            ALONE, tmp_path / name, model="llama", zero=None, micro=4, rows=8, evaluator=scorer
+        )
+        for task in parts.tasks:
+            task.num_eval = 1
+        try:
+            return parts.run, StageRunner(parts).run()
+        finally:
+            parts.recorder.close()
+
+    return make
+
+
+def test_groups_are_neighbours_with_enough_rows():
+    counts = [1500, 600, 1, 2000, 5]
+    assert scorebook._groups([0, 1, 2, 3, 4], counts) == [[0, 1], [2, 3], [4]]
+    assert scorebook._groups([1, 2], counts) == [[1, 2]]
+    assert scorebook._groups([], counts) == []
+
+
+def test_it_goes_on_after_what_is_scored(run):
+    folder, whole = run("whole", every := Scorer())
+    assert every.calls == [["one"], ["one"], ["two"]]
+    with pytest.raises(CutError):
+        run("cut", Scorer(cut=2))
+    again, resumed = run("cut", rest := Scorer())
+    assert rest.calls == [["two"]]
+    assert resumed.rows == whole.rows
+    for stage in (0, 1):
+        assert (
+            again.stage(stage).predictions.read_text()
+            == folder.stage(stage).predictions.read_text()
+        )
+    scored = [json.loads(line) for line in again.events.read_text().splitlines()]
+    named = [(e["stage"], e["task"]) for e in scored if e["event"] == "scored"]
+    assert named == [(0, "one"), (1, "one"), (1, "two")]
+    assert not any(again.partial.glob("*"))
+
+
+def test_a_stage_that_is_trained_anew_is_scored_anew(run, tmp_path):
+    """Its checkpoint is gone: what was scored belongs to a model that is no more."""
+    with pytest.raises(CutError):
+        run("cut", Scorer(cut=2))
+    folder = tmp_path / "cut" / "run"
+    (folder / "checkpoints" / checkpoint.Position(stage=1).folder / "checkpoint.json").unlink()
+    _, resumed = run("cut", again := Scorer())
+    assert again.calls == [["one"], ["two"]]
+    assert len(resumed.rows) == 2
