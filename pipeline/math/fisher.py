@@ -16,21 +16,21 @@ def add_squared_gradients(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor)
     """Add every sequence's squared dense gradient: total += sum_n (g_n^T x_n)^2.
 
     Args:
-        total: [d_out, d_in], fp32, changed in place.
+        total: [d_out, d_in], changed in place; what is added is computed in its precision.
         x: [b, T, d_in] inputs of the layer.
         g: [b, T, d_out] gradients of each sequence's own loss with respect to the layer's output.
 
     Source: diagonal empirical Fisher, one term per sequence, so that the result does not depend on
     the batch or on the number of ranks (the EWC-LoRA reference squares batch means instead).
     """
-    for inputs, gradients in zip(x.float(), g.float(), strict=True):
+    for inputs, gradients in zip(x.to(total.dtype), g.to(total.dtype), strict=True):
         dense = gradients.T @ inputs
         total.addcmul_(dense, dense)
 
 
 def add_gradients(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
     """Add the dense gradient summed over sequences: total += sum_n g_n^T x_n (shapes as above)."""
-    total.addmm_(g.float().flatten(0, -2).T, x.float().flatten(0, -2))
+    total.addmm_(g.to(total.dtype).flatten(0, -2).T, x.to(total.dtype).flatten(0, -2))
 
 
 def penalty(

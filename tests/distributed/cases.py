@@ -18,7 +18,9 @@ from accrete.launch.forecast.live_bytes import LiveBytes
 from accrete.pipeline import checkpoint
 from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block
+from accrete.pipeline.errors import MethodError
 from accrete.pipeline.models.lora import initial_factors, load_factors
+from accrete.pipeline.stage import row_losses
 from accrete.pipeline.stage_runner import StageRunner
 from accrete.pipeline.train_task import train_task
 
@@ -61,9 +63,10 @@ def zero_in_gap(ranks: Any, folder: Path, how: str, **params: Any) -> dict[str, 
         }
     )
     start = {name: parts.engine.value(name) for name in parts.engine.parameters}
-    if how == "hook":
+    if how in ("hook", "nan"):
+        change = torch.zeros_like if how == "hook" else (lambda gradient: gradient * float("nan"))
         for parameter in parts.engine.parameters.values():
-            parameter.register_hook(torch.zeros_like)
+            parameter.register_hook(change)
     if how == "gap":
 
         def edit(stage: Any) -> None:
@@ -80,11 +83,48 @@ def zero_in_gap(ranks: Any, folder: Path, how: str, **params: Any) -> dict[str, 
                     parameter.grad.zero_()
 
         parts.method.after_backward = edit_grad  # type: ignore[method-assign]
-    train_task(stage, parts.method, parts.recorder)
+    said = ""
+    try:
+        train_task(stage, parts.method, parts.recorder)
+    except MethodError as error:
+        said = str(error)
     moved = max(
         float((parts.engine.value(name) - value).abs().max()) for name, value in start.items()
     )
-    return {"moved": moved, "steps": stage.steps}
+    return {"moved": moved, "steps": stage.steps, "said": said}
+
+
+def edited(ranks: Any, folder: Path, copy_alone: bool = False, **params: Any) -> dict[str, Any]:
+    """Overwrite trained factors; what the next forward and one after a step of rate 0 use.
+
+    `copy_alone`: not through the engine, so the optimizer's master does not know.
+    """
+    parts = make_parts(ranks, folder, **params)
+    engine = parts.engine
+    engine.watch()
+    stage = StageRunner(parts)._stage(0)
+    stage.write_factors(initial_factors(parts.adapted, 0, 0))
+    stage.steps = 1
+    train_task(stage, parts.method, parts.recorder)
+    result: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in engine.parameters.items():
+        result[f"trained/{name}"] = engine.value(name)
+        wanted = torch.randn(result[f"trained/{name}"].shape, generator=generator)
+        result[f"wanted/{name}"] = wanted
+        if copy_alone:
+            parameter.data.copy_(wanted)
+        else:
+            engine.write(name, wanted)
+    [batch] = stage.micro_batches(stage.global_batch(0))
+    for moment in ("next", "later"):
+        loss = row_losses(stage.logits(batch), batch.labels).sum()
+        for name in engine.parameters:
+            result[f"{moment}/peek/{name}"] = engine.peek(name).clone()
+            result[f"{moment}/value/{name}"] = engine.value(name)
+        engine.backward(loss, last=True)
+        engine.step(0.0)
+    return result
 
 
 COLLECTIVES = (
@@ -148,7 +188,7 @@ def counted() -> Any:
 
 
 def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
-    """Collectives of the second task's training steps; what this rank has of frozen factors."""
+    """Collectives of the second task's training steps; what this rank has of every A."""
     parts = make_parts(ranks, folder, **params)
     runner = StageRunner(parts)
     runner._learn(0, None)
@@ -157,17 +197,15 @@ def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
         stage.write_factors(initial_factors(parts.adapted, 3, 1))
     parts.engine.reset_optimizer()
     parts.method.on_task_start(stage)
-    frozen = [
-        layer.a
-        for layer in (parts.adapted.layers.values() if parts.method.trains == "factors" else ())
-        if layer.a not in parts.engine.parameters
-    ]
+    layers = parts.adapted.layers.values() if parts.method.trains == "factors" else ()
+    factors = [layer.a for layer in layers]
+    frozen = [name for name in factors if name not in parts.engine.parameters]
     result: dict[str, Any] = {f"written/{name}": stage.read(name) for name in frozen}
     # DeepSpeed checks its ZeRO-3 trace across ranks in the first steps after any other pass.
     train_task(stage, parts.method, parts.recorder)
     with counted() as counts:
         train_task(stage, parts.method, parts.recorder)
-    result.update({f"trained/{name}": stage.read(name) for name in frozen})
+    result.update({f"trained/{name}": stage.read(name) for name in factors})
     return {"counts": dict(counts), "steps": stage.steps, **result}
 
 
@@ -348,6 +386,7 @@ CASES = {
     for function in (
         sequence,
         zero_in_gap,
+        edited,
         traffic,
         fisher,
         reset,

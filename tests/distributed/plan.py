@@ -7,7 +7,7 @@ import re
 
 from harness import Case
 from plan_base import BATCH, CUT, METHODS, MODELS, STAGES, counted, micro
-from plan_methods import method_resumes, method_traffics, methods, pooled
+from plan_methods import dropouts, method_resumes, method_traffics, methods, pooled
 
 
 def equivalence(world: int) -> list[Case]:
@@ -48,8 +48,23 @@ def hook_reality() -> list[Case]:
                 "micro": 2,
             },
         )
-        for how in ("hook", "gap", "nothing", "grad_attribute")
+        for how in ("hook", "gap", "nothing", "grad_attribute", "nan")
         for zero in STAGES
+    ]
+
+
+def edits() -> list[Case]:
+    """Factors overwritten through the engine, and in the parameter alone."""
+    kept: list[tuple[str, int, dict[str, object]]] = [("edited", zero, {}) for zero in STAGES]
+    pieces = ("edited-pieces", 3, {"whole_below": 0})
+    copies = [("edited-copy", zero, {"copy_alone": True}) for zero in (1, 2)]
+    return [
+        Case(
+            f"{name}-zero{zero}",
+            "edited",
+            {"model": "llama_short", "zero": zero, "micro": 4, **more},
+        )
+        for name, zero, more in (*kept, pieces, *copies)
     ]
 
 
@@ -177,13 +192,13 @@ def scorings(zeros: tuple[int | None, ...]) -> list[Case]:
     ]
 
 
-def consolidations(zeros: tuple[int | None, ...]) -> list[Case]:
+def consolidations(zeros: tuple[int | None, ...], model: str = "t5") -> list[Case]:
     return [
         Case(
-            f"consolidation-{past}-zero{zero}-{merge}",
+            f"consolidation-{model}-{past}-zero{zero}-{merge}",
             "consolidation",
             {
-                "model": "t5",
+                "model": model,
                 "zero": zero,
                 "micro": 4,
                 "past": past,
@@ -220,12 +235,14 @@ WORLDS: dict[int, list[Case]] = {
         Case("half-plain", "sequence", {**HALF, "zero": None, "micro": 8}),
         *scorings((None,)),
         *consolidations((None,)),
+        *consolidations((None,), "llama_short"),
         Case("rows-5", "rows", {"count": 5}),
         *methods(1),
         *pooled(1, None),
     ],
     2: [
         *hook_reality(),
+        *edits(),
         *equivalence(2),
         *fishers(2),
         *traffics(),
@@ -255,6 +272,7 @@ WORLDS: dict[int, list[Case]] = {
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2),
         *method_resumes(),
+        *dropouts(),
         *method_traffics(),
         *pooled(2, 2),
     ],

@@ -76,6 +76,25 @@ def method_traffics() -> list[Case]:
     ]
 
 
+def dropouts() -> list[Case]:
+    """A run with dropout, cut and resumed: which numbers it drops must not depend on the cut."""
+    params = {
+        "model": "llama",
+        "zero": 2,
+        "micro": 4,
+        "every_steps": 1,
+        "dropout": 0.3,
+        **TASKS,
+        "tasks": 2,
+        **SETTINGS["lwf"],
+    }
+    return [
+        Case("dropout-whole", "sequence", params),
+        Case("dropout-cut", "interrupted", {**params, "cut": CUT}),
+        Case("dropout-resumed", "resumed", {**params, "source": "dropout-cut"}),
+    ]
+
+
 def pooled(world: int, zero: int | None) -> list[Case]:
     """Two micro-batches a step, of the same rows over all ranks."""
     kind = "lora_subtraction_triplet"

@@ -51,6 +51,19 @@ def test_interrupted_equals_uninterrupted(launches, kind):
             assert torch.equal(got[name], value), name
 
 
+def test_interrupted_equals_uninterrupted_with_dropout(launches):
+    got, whole = (launches(2).result(f"dropout-{name}")[0] for name in ("resumed", "whole"))
+    assert len(got["losses"]) == len(whole["losses"]) - STEPS - CUT
+    assert got["losses"] == whole["losses"][-len(got["losses"]) :]
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(got[name], value), name
+    # Control: something is dropped in every step but the first, which begins with B = 0.
+    still = launches(2).result("method-lwf-llama-zero2")[0]
+    same = [a == b for a, b in zip(whole["losses"], still["losses"], strict=False)]
+    assert same == [True] + [False] * (len(whole["losses"]) - 1)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", list(PLAIN_RELATIVE))
 def test_it_is_not_a_no_op(launches, kind, model):
@@ -72,6 +85,17 @@ def test_frozen_factors_are_the_same_bits_everywhere(launches, kind, zero):
         assert torch.equal(value, second[name]), name
         written = first[name.replace("trained/", "written/")]
         assert torch.equal(value, written), name
+        assert value.any()
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize("kind", ["lora_subtraction", "sr2_lora"])
+def test_a_trained_a_is_the_same_bits_everywhere(launches, kind, zero):
+    first, second = launches(2).result(f"traffic-{kind}-zero{zero}")
+    factors = {name: value for name, value in first.items() if isinstance(value, torch.Tensor)}
+    assert {name.partition("/")[0] for name in factors} == {"trained"}
+    for name, value in factors.items():
+        assert torch.equal(value, second[name]), name
         assert value.any()
 
 

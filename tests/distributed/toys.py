@@ -155,6 +155,7 @@ def make_config(method: Any, **changes: Any) -> RunConfig:
             alpha=10.0,
             past=changes.pop("past", "fold"),
             lines=changes.pop("lines", None),
+            dropout=changes.pop("dropout", 0.0),
         ),
         method=method,
         engine=EngineConfig(**changes.pop("engine", {})),
@@ -188,6 +189,7 @@ def make_parts(
     lines: float | None = None,
     whole_below: int | None = None,
     most_live: int | None = None,
+    dropout: float = 0.0,
 ) -> Parts:
     """All pieces of a run on a toy model; zero None is the plain engine.
 
@@ -201,6 +203,7 @@ def make_parts(
         method_config,
         past=past,
         lines=lines,
+        dropout=dropout,
         engine=engine_settings,
         train={"micro_batch_size": micro, **(train or {})},
         every_steps=every_steps,

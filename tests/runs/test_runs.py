@@ -130,7 +130,7 @@ def test_killed_and_resumed_is_bit_identical(whole, recipe, environment, accrete
     assert any("checksum" in e["message"] for e in events(copy, "warning"))
     for got, expected in zip(steps(copy), steps(whole), strict=True):
         assert got[:3] == expected[:3]
-        assert got[3] == pytest.approx(expected[3], rel=1e-4)
+        assert got[3] == pytest.approx(expected[3], rel=1e-5)
 
 
 def test_a_finished_run_is_only_read(whole, accrete_here):

@@ -327,8 +327,12 @@ def test_data_root_is_asked_for_with_the_layouts(write: Write) -> None:
         require_data_root(load_recipe(file).config)
     for layout in ("compact", "olora", "sapt", "superni", "trace", "tasl"):
         assert layout in str(caught.value)
-    for fine in ("data.root=x", "data.format=hub", "data.format=generated"):
+    for fine in ("data.root=x", "data.format=generated"):
         require_data_root(load_recipe(file, [fine]).config)
+    ids = write(
+        "s.yaml", BASE.replace("[t1, {name: t2, max_steps: 3}]", "[{name: t1, dataset: a/b}]")
+    )
+    require_data_root(load_recipe(ids, ["data.format=hub"]).config)
 
 
 def test_unknown_recipes(write: Write) -> None:

@@ -51,6 +51,8 @@ def test_mistakes(write: Write) -> None:
     load_recipe(file, ["data.format=hub", "tasks.unheard.dataset=a/b"])
     with pytest.raises(RecipeError, match="`unheard`; known: one, other, two"):
         load_recipe(file, ["data.format=hub"])
+    with pytest.raises(RecipeError, match="`one`; known: none"):
+        load_recipe(write("n.yaml", BASE.split("hub:")[0]), ["data.format=hub"])
     with pytest.raises(RecipeError, match="allowed: a mapping of task names"):
         load_recipe(write("s.yaml", BASE.split("hub:")[0] + "hub: yes\n"))
     with pytest.raises(RecipeError, match="unknown key"):

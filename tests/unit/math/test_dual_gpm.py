@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from accrete.pipeline.math import subspace
 from accrete.pipeline.math.dual_gpm import DualMemory, free_basis, grow, open_directions, powered
 
 SIZE = 24
 
 
-def inputs(task, tokens=400, rank=SIZE):
+def inputs(task, tokens=400, rank=None, size=SIZE):
     """[d, n] inputs of a task: a spectrum of its own, fp64."""
     rng = np.random.default_rng(task)
-    turn, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
-    strength = 0.75 ** np.arange(SIZE) * (np.arange(SIZE) < rank)
-    return turn @ (strength[:, None] * rng.normal(size=(SIZE, tokens)))
+    turn, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    place = np.arange(size)
+    strength = 0.75 ** (place * SIZE / size) * (place < (size if rank is None else rank))
+    return turn @ (strength[:, None] * rng.normal(size=(size, tokens)))
 
 
 def covariance(x):
@@ -133,24 +135,33 @@ def test_one_fewer_is_for_the_first_fill_alone():
     assert grow(None, c, 1e-6, one_fewer=True).protected == 1
 
 
+@pytest.mark.parametrize(
+    ("double_below", "tolerance", "size"), [(2048, 1e-6, 24), (0, 1e-5, 24), (0, 1e-5, 256)]
+)
 @pytest.mark.parametrize("power", [1, 2])
-def test_invariants_of_the_memory(power):
-    memory, before = None, torch.zeros(SIZE, SIZE, dtype=torch.float64)
-    for task in range(8):
+def test_invariants_of_the_memory(monkeypatch, power, size, double_below, tolerance):
+    """Also where decompositions are made in fp32, as they are of large layers."""
+    monkeypatch.setattr(subspace, "_DOUBLE_BELOW", double_below)
+    memory, before = None, torch.zeros(size, size, dtype=torch.float64)
+    tasks = [powered(covariance(inputs(task, size=size)), power) for task in range(9)]
+    for task, c in enumerate(tasks[:8]):
         share = 0.5 + 0.5 * task / 8
-        c = powered(covariance(inputs(task)), power)
+        assert c.dtype == (torch.float64 if double_below else torch.float32)
         memory = grow(memory, c, share)
         assert memory.basis.dtype == torch.float32
-        assert memory.basis.shape[1] <= SIZE / 2
+        assert memory.basis.shape[1] <= size / 2
         gram = memory.basis.T @ memory.basis
         torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
         now = protected(memory)
-        held = float((now @ c @ now).trace() / c.trace())
-        assert held >= share - 1e-6
+        held = float((now @ c.double() @ now).trace() / c.double().trace())
+        assert held >= share - tolerance
         # Nothing that was protected is given up.
-        assert float((before - now @ before).norm()) < 1e-5
+        assert float((before - now @ before).norm()) <= 1e-5 * max(1.0, float(before.norm()))
+        # And what is opened leaves it alone.
+        rows = open_directions(memory, tasks[task + 1], 5)
+        assert float((rows.double() @ now).abs().max()) < 1e-5
         before = now
-    assert memory.protected <= SIZE
+    assert memory.protected <= size
 
 
 def test_nothing_new_changes_nothing():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from accrete.pipeline.math import subspace
 from accrete.pipeline.math.subspace import (
     add_outer,
     eigenpairs,
@@ -143,20 +144,27 @@ def test_averaging_inputs_position_by_position_finds_the_mean_alone():
 # -- growing one ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("double_below", "tolerance", "size"), [(2048, 1e-6, 24), (0, 1e-5, 24), (0, 1e-5, 256)]
+)
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.9999])
-def test_growing_keeps_the_old_and_reaches_the_share(share):
+def test_growing_keeps_the_old_and_reaches_the_share(
+    monkeypatch, share, size, double_below, tolerance
+):
+    """Also where decompositions are made in fp32, as they are of large layers."""
+    monkeypatch.setattr(subspace, "_DOUBLE_BELOW", double_below)
     basis = None
     for seed in range(4):
-        x = inputs(10 + seed)
+        x = inputs(10 + seed, size=size, decay=size / 5)
         old = basis
         basis = grow_basis(old, covariance(x), share)
         count = 0 if old is None else old.shape[1]
         if old is not None:
             assert torch.equal(basis[:, :count], old)
-        assert count <= basis.shape[1] <= SIZE
+        assert count <= basis.shape[1] <= size
         gram = basis.double().T @ basis.double()
         assert float((gram - torch.eye(basis.shape[1])).abs().max()) < 1e-5
-        assert held(basis, x) >= share - 1e-6
+        assert held(basis, x) >= share - tolerance
         if basis.shape[1] > count:  # with one direction less it would not
             assert held(basis[:, :-1], x) < share
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from accrete.pipeline.math import subspace
 from accrete.pipeline.math.projector import Projector
 from accrete.pipeline.math.triplet import triplet_losses, unit
 
@@ -120,10 +121,13 @@ def test_projector_is_idempotent_and_the_scaled_one_is_not(size):
         assert np.abs(scaled @ scaled - scaled).max() > 1e-3
 
 
+@pytest.mark.parametrize(("double_below", "size"), [(2048, 16), (0, 24), (0, 256)])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 1.0])
-def test_projector_of_a_covariance(share):
+def test_projector_of_a_covariance(monkeypatch, share, double_below, size):
+    """Also where decompositions are made in fp32, as they are of large layers."""
+    monkeypatch.setattr(subspace, "_DOUBLE_BELOW", double_below)
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(200, 16)) * np.geomspace(3.0, 0.05, 16)
+    x = rng.normal(size=(2000, size)) * np.geomspace(3.0, 0.05, size)
     covariance = x.T @ x
     projector = Projector.of(torch.from_numpy(covariance).float(), share)
     values, vectors = np.linalg.eigh(covariance)
@@ -131,7 +135,9 @@ def test_projector_of_a_covariance(share):
     reached = np.cumsum(values) / values.sum()
     assert projector.size == int(np.argmax(reached >= share - 1e-9)) + 1
     top = vectors[:, : projector.size]
-    assert np.abs(dense(projector, 16) - top @ top.T).max() < 1e-5
+    p = dense(projector, size).astype(np.float64)
+    assert np.linalg.norm(p - top @ top.T) <= 1e-5 * np.linalg.norm(p)
+    assert np.linalg.norm(p @ p - p) <= 1e-5 * np.linalg.norm(p)
     gram = projector.basis.T @ projector.basis
     assert (gram - torch.eye(len(gram))).abs().max() < 1e-5 if len(gram) else projector.whole
     assert projector.whole == (share == 1.0)

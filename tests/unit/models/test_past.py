@@ -35,7 +35,7 @@ def llama(dtype=torch.float32):
     return model
 
 
-def build(mode, dtype=torch.float32, merge="exact", size=0.2):
+def build(mode, dtype=torch.float32, merge="exact", size=0.2, tasks=3):
     adapted = AdaptedModel(llama(dtype), AdapterConfig(rank=4, alpha=8))
     engine = PlainEngine(
         adapted.module,
@@ -46,7 +46,7 @@ def build(mode, dtype=torch.float32, merge="exact", size=0.2):
     )
     past = Past(adapted, engine, mode, merge)
     stages = []
-    for stage in range(3):
+    for stage in range(tasks):
         g = torch.Generator().manual_seed(stage)
         fresh = initial_factors(adapted, 0, stage)
         stages.append(
@@ -98,6 +98,27 @@ def test_what_bf16_takes_away_is_reported():
     assert choose_mode("fold", torch.bfloat16) == "fold"
 
 
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.003, 0.49), (0.009, 0.18), (0.028, 0.06), (0.095, 0.02)]
+)
+def test_what_bf16_takes_away_by_the_size_of_the_delta(ratio, expected):
+    """Against a recomputation in fp64; `ratio` is |dW| / |W| of every layer."""
+    adapted, past, (stage, *_) = build("fold", torch.bfloat16)
+    before = {name: layer.weight.detach().double() for name, layer in adapted.layers.items()}
+    factors = {}
+    for name, (a, b) in stage.items():
+        size = float(before[name].norm() / dense(adapted, [stage], name).norm())
+        factors[name] = (a, ratio * size * b)
+    reported = past.add(factors)
+    error = norm = 0.0
+    for name, layer in adapted.layers.items():
+        wanted = dense(adapted, [factors], name)
+        lost = layer.weight.double() - before[name] - wanted
+        error, norm = error + float(lost.square().sum()), norm + float(wanted.square().sum())
+    assert reported == pytest.approx((error / norm) ** 0.5, rel=1e-5)
+    assert reported == pytest.approx(expected, rel=0.15)
+
+
 def test_factor_sum_is_another_model():
     adapted, past, stages = build("fold", merge="factor_sum")
     for stage in stages:
@@ -106,9 +127,20 @@ def test_factor_sum_is_another_model():
     a = sum(stage[name][0] for stage in stages)
     b = sum(stage[name][1] for stage in stages)
     torch.testing.assert_close(past.delta(layer), 2.0 * b @ a, rtol=1e-5, atol=1e-6)
-    exact = dense(adapted, stages, name).float()
-    error = (past.delta(layer) - exact).norm() / exact.norm()
-    assert error == pytest.approx(2**0.5, rel=0.15)  # sqrt(T - 1) for T = 3
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_factor_sum_is_off_by_the_root_of_the_other_tasks(tasks):
+    """T terms s B_j A_j are right and T (T - 1) terms s B_i A_j, all of one size, are not."""
+    adapted, past, stages = build("fold", merge="factor_sum", tasks=tasks)
+    for stage in stages:
+        past.add(stage)
+    error = norm = 0.0
+    for name, layer in adapted.layers.items():
+        exact = dense(adapted, stages, name)
+        error += float((past.delta(layer) - exact).square().sum())
+        norm += float(exact.square().sum())
+    assert (error / norm) ** 0.5 == pytest.approx((tasks - 1) ** 0.5, rel=0.1)
 
 
 def test_initial_factors_depend_on_seed_stage_and_name_alone():
