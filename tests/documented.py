@@ -42,6 +42,36 @@ def accrete_commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+PLACEHOLDERS = {
+    "FOLDER": "out",
+    "RECIPE": "quickstart",
+    "NAME": "sequential",
+    "RUN": "runs/one",
+    "t": "0",
+    "T": "0",
+}
+
+
+def inline_commands() -> list[tuple[str, list[str]]]:
+    """Page and arguments of every `accrete ...` in running text, with something for placeholders.
+
+    A command's bare name, without arguments, only mentions it and is left out.
+    """
+    found = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for command in re.findall(r"`accrete ([^`]+)`", text):
+            if command.startswith("--"):  # of accrete itself
+                continue
+            words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)]
+            if any(
+                not re.fullmatch("[a-z0-9]+", word) or word in PLACEHOLDERS.values()
+                for word in words
+            ):
+                found.append((page.name, words))
+    return found
+
+
 def write_files(folder: Path) -> None:
     """What the pages tell to write, from the pages themselves."""
     [own] = [b for b in blocks(ROOT / "README.md", "yaml") if b.startswith("# mine.yaml")]

@@ -15,9 +15,7 @@ def take_hub_tasks(tree: Node, problems: ProblemList) -> None:
     """Remove `hub` from the tree, and fill in the tasks if rows come from the hub, in place."""
     hub = tree.mapping.pop("hub", None)
     chosen = tree.get("data", "format")
-    if hub is None:
-        return
-    if not isinstance(hub.value, dict):
+    if hub is not None and not isinstance(hub.value, dict):
         problems.add(
             hub.origin.where,
             "hub",
@@ -26,10 +24,11 @@ def take_hub_tasks(tree: Node, problems: ProblemList) -> None:
         return
     if chosen is None or chosen.value != "hub":
         return
+    entries = {} if hub is None else hub.mapping
     tasks = tree.get("tasks")
     for index, task in enumerate(tasks.items if tasks is not None else []):
         name = task.get("name")
-        entry = None if name is None else hub.mapping.get(str(name.value))
+        entry = None if name is None else entries.get(str(name.value))
         if entry is not None:
             task.value = merge(entry, task).value
         elif not {"dataset", "files"} & set(task.mapping):
@@ -37,6 +36,6 @@ def take_hub_tasks(tree: Node, problems: ProblemList) -> None:
                 task.origin.where,
                 f"tasks.{index}",
                 f"no hub data set is known for `{'' if name is None else name.value}`; known: "
-                f"{', '.join(sorted(hub.mapping))}",
+                f"{', '.join(sorted(entries)) or 'none'}",
                 "give the task a `dataset` (a hub id) with its `columns`, or its own `files`",
             )

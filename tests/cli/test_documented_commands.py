@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from documented import ROOT, accrete_commands, lines, write_files
+from documented import ROOT, accrete_commands, inline_commands, lines, write_files
 from typer.testing import CliRunner
 
 from accrete.launch.cli import app
@@ -51,6 +51,16 @@ def test_a_command_of_the_docs(folder, page, words):
     recipe = values.get("recipe")
     if recipe is not None:
         assert load_recipe(str(recipe), list(values.get("overrides") or ())).config.tasks
+
+
+def test_commands_in_running_text_parse():
+    commands = inline_commands()
+    assert len(commands) > 10
+    for page, words in commands:
+        try:
+            parsed(words)
+        except Exception as error:
+            pytest.fail(f"{page}: accrete {' '.join(words)}: {error}")
 
 
 LAUNCHES = [(page, words) for page, words in COMMANDS if words[0] == "launch"]
