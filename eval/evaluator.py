@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from accrete.eval.measures import MEASURES
+from accrete.eval.measures import MEASURES, by_forward, token_budget
 from accrete.eval.open_tasks import EvalRows, Job, OpenTask, OpenTasks, take_rows
 from accrete.eval.text import exact_match
 from accrete.pipeline.data.batches import score_batches
@@ -107,7 +107,7 @@ class SequenceEvaluator:
         ]
 
     def _by_forward(self, handle: TaskHandle) -> bool:
-        return self._config.mode != "generate" and handle.metric in WHOLE_ANSWER
+        return by_forward(self._config.mode, handle.metric)
 
     def _forward_jobs(self, tasks: Sequence[OpenTask], seq2seq: bool) -> list[Job]:
         """A job for each reference of each row that a forward pass can decide."""
@@ -152,8 +152,7 @@ class SequenceEvaluator:
             decided = self._by_forward(task.handle)
             if decided and not self._config.decode_misses:
                 continue
-            enough = MEASURES[task.handle.metric].new_tokens or self._max_new_tokens
-            budget = min(enough, self._max_new_tokens)
+            budget = token_budget(task.handle.metric, self._max_new_tokens)
             for i, length in enumerate(task.rows.lengths):
                 if not (decided and (number, i) in hit_by):
                     jobs.setdefault(budget, []).append(Job(number, i, int(length) + budget))

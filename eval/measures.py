@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from accrete.eval.simplification import sari
 from accrete.eval.text import edit_similarity, exact_match, first_letter, raw_match, rouge_l
-from accrete.pipeline.data.config import Metric
+from accrete.pipeline.data.config import WHOLE_ANSWER, Metric
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,13 @@ MEASURES: dict[Metric, Measure] = {
     "sari": Measure(lambda said, right, source: sari(source, said, right), reads_source=True),
     "edit_similarity": Measure(lambda said, right, _: edit_similarity(said, right)),
 }
+
+
+def by_forward(mode: str, metric: Metric) -> bool:
+    """Whether `eval.mode` lets one forward pass decide a task's rows; else all are decoded."""
+    return mode != "generate" and metric in WHOLE_ANSWER
+
+
+def token_budget(metric: Metric, longest: int) -> int:
+    """Most new tokens that are decoded for a row, where an answer may have `longest`."""
+    return min(MEASURES[metric].new_tokens or longest, longest)

@@ -116,11 +116,7 @@ def node_environment(
     if interface is not None:
         found["GLOO_SOCKET_IFNAME"] = interface
         found["NCCL_SOCKET_IFNAME"] = interface
-    if cluster.storage.cache is not None:
-        found["ACCRETE_CACHE"] = cluster.storage.cache
-    if cluster.storage.hf_home is not None:
-        found["HF_HOME"] = cluster.storage.hf_home
-    return {**found, **cluster.env}
+    return {**found, **cluster.storage.cache_variables(), **cluster.env}
 
 
 def _library_switches(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accrete.launch.api import RESUMABLE
-from accrete.launch.cluster.settings import ClusterConfig, time_in_seconds
+from accrete.launch.cluster.settings import CACHES, ClusterConfig, time_in_seconds
 from accrete.pipeline.errors import ConfigError, RunFolderError
 from accrete.pipeline.run_dir import RunDir, read_json, write_json, write_text
 
@@ -27,8 +27,6 @@ REQUEST_FILE = "request.json"
 RECIPE_FILE = "recipe.yaml"
 NODE_MODULE = "accrete.launch.cluster.node"
 VERDICT_MODULE = "accrete.launch.cluster.verdict"
-CACHES = {"cache": "ACCRETE_CACHE", "hf_home": "HF_HOME"}
-"""What `storage` says of the caches -> the variable that says it to a process."""
 
 
 @dataclass(frozen=True, kw_only=True)

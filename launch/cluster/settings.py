@@ -38,6 +38,10 @@ class NetworkConfig:
     """A collective that waits longer ends the attempt; null: `engine.timeout_s` of the recipe."""
 
 
+CACHES = {"cache": "ACCRETE_CACHE", "hf_home": "HF_HOME"}
+"""What `storage` says of the caches -> the variable that says it to a process."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StorageConfig:
     """Which folders the nodes use. The run folder itself is always shared by all nodes."""
@@ -54,6 +58,11 @@ class StorageConfig:
     Kubernetes a folder of the claim)."""
     offline: bool = True
     """Nodes do not ask the Hugging Face hub."""
+
+    def cache_variables(self) -> dict[str, str]:
+        """The caches that are named, as environment variables."""
+        named = {variable: getattr(self, name) for name, variable in CACHES.items()}
+        return {variable: folder for variable, folder in named.items() if folder is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

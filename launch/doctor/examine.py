@@ -185,9 +185,7 @@ class _Choice:
 
 def use_storage(cluster: ClusterConfig) -> None:
     """Look into the caches that the nodes of a cluster use; before the libraries are imported."""
-    chosen = {"ACCRETE_CACHE": cluster.storage.cache, "HF_HOME": cluster.storage.hf_home}
-    os.environ.update({name: value for name, value in chosen.items() if value is not None})
-    os.environ.update(cluster.env)
+    os.environ.update({**cluster.storage.cache_variables(), **cluster.env})
 
 
 def _where(place: Place) -> str:

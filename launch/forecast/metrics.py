@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from accrete.eval.measures import MEASURES
+from accrete.eval import measures
 from accrete.pipeline.data.batches import score_batches
-from accrete.pipeline.data.config import WHOLE_ANSWER
 from accrete.pipeline.data.folders import is_superni
 from accrete.pipeline.data.generated import describe
 from accrete.pipeline.data.layouts import locate
@@ -25,13 +24,12 @@ if TYPE_CHECKING:
 
 def is_decoded(config: RunConfig, metric: Metric) -> bool:
     """Whether every row of a task is decoded; else one forward pass decides it."""
-    return config.eval.mode == "generate" or metric not in WHOLE_ANSWER
+    return not measures.by_forward(config.eval.mode, metric)
 
 
 def token_budget(config: RunConfig, metric: Metric) -> int:
     """Most new tokens that the evaluator decodes for a row."""
-    most = config.data.max_target_tokens
-    return min(MEASURES[metric].new_tokens or most, most)
+    return measures.token_budget(metric, config.data.max_target_tokens)
 
 
 def task_facts(task: TaskConfig, data: DataConfig) -> tuple[Metric, int]:
@@ -65,9 +63,9 @@ def decoded_tokens(config: RunConfig, handle: TaskHandle) -> float:
     A batch goes on until its last row has ended, so its longest answer counts. The batches are the
     evaluator's.
     """
-    budget = token_budget(config, handle.metric)
     from accrete.pipeline.data.store import open_eval
 
+    budget = token_budget(config, handle.metric)
     rows = open_eval(handle)
     answers = [len(row.answer) for row in rows]
     lengths = [int(length) + budget for length in rows.lengths]

@@ -40,8 +40,7 @@ def step_traffic(plan: ModelPlan, stage: int | None, world: int, accumulation: i
         flat = FP32 * (-(-elements // unit) * unit)
         rounds = accumulation if stage == 2 else 1
         return StepTraffic(reduced=float(FP32 * elements * rounds), gathered=float(flat))
-    sizes = [(count, FP32) for count in plan.trained] + plan.frozen
-    large = [(count, size) for count, size in sizes if count > WHOLE_BELOW]
+    large = _gathered(plan)
     whole = sum(count for count, _ in large)
     once = float(sum(count * size for count, size in large))
     again = once * max(0.0, 1.0 - MOST_LIVE / whole) if whole else 0.0
@@ -57,6 +56,11 @@ def gathered_bytes(plan: ModelPlan, stage: int | None, world: int) -> float:
     """Bytes that a rank receives for a forward without gradients: at ZeRO 3 the model's."""
     if world == 1 or stage != 3:
         return 0.0
-    sizes = [(count, FP32) for count in plan.trained] + plan.frozen
-    whole = sum(count * size for count, size in sizes if count > WHOLE_BELOW)
+    whole = sum(count * size for count, size in _gathered(plan))
     return whole * (world - 1) / world
+
+
+def _gathered(plan: ModelPlan) -> list[tuple[int, int]]:
+    """(elements, bytes of each) of the parameters that ZeRO 3 holds in shards."""
+    sizes = [(count, FP32) for count in plan.trained] + plan.frozen
+    return [(count, size) for count, size in sizes if count > WHOLE_BELOW]
