@@ -69,10 +69,10 @@ docs: install
 smollm2: install
 	$(BIN)/python -m accrete.pipeline.models.fetch_smollm2
 
-# BENCH='--tiny' only proves that it runs.
 results: install
 	$(BIN)/python tests/bench/results.py $(RESULTS)
 
+# BENCH='--tiny' only proves that it runs.
 bench-methods: install
 	$(BIN)/python tests/bench/methods.py $(BENCH)
 

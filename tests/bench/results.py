@@ -258,18 +258,23 @@ def write_page(plan: Plan, kinds: list[str]) -> None:
     PAGE.write_text(f"{before}{begin}\n{content}\n{end}{after}")
 
 
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, prog="make results")
+    add = parser.add_argument
+    add("--data", type=Path, default=ROOT.parent / "shared" / "data" / "compact")
+    add("--out", type=Path, default=ROOT / "runs" / "results")
+    add("--model", choices=list(MODELS), default="smollm2_135m")
+    add("--methods", nargs="+", choices=ORDER, default=list(ORDER))
+    add("--jobs", type=int, default=1, help="runs at the same time")
+    add("--set", nargs="+", default=[], metavar="a.b=v", help="for every run")
+    add("--list", action="store_true", help="print the runs and stop")
+    add("--table", action="store_true", help="write the table and stop")
+    return parser.parse_args(arguments)
+
+
 def main() -> None:
     """Go through the list."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="make results")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "compact")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "results")
-    parser.add_argument("--model", choices=list(MODELS), default="smollm2_135m")
-    parser.add_argument("--methods", nargs="+", choices=ORDER, default=list(ORDER))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=v", help="for every run")
-    parser.add_argument("--list", action="store_true", help="print the runs and stop")
-    parser.add_argument("--table", action="store_true", help="write the table and stop")
-    arguments = parser.parse_args()
+    arguments = options()
     if not arguments.data.is_dir():
         raise SystemExit(f"--data {arguments.data}: no such folder; it holds the benchmark rows.")
     plan = Plan(arguments.out, arguments.data, arguments.model, tuple(arguments.set))

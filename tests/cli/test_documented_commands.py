@@ -1,17 +1,20 @@
-"""Every command in README and docs parses, its recipe loads, its make target exists.
+"""Every command in README and docs parses, its recipe loads, its make target and options exist.
 
-Launches are rendered with `--dry-run`; `tests/cluster` starts such ones. What trains a model is run
-by `tests/recipes/test_documented_runs.py`, `doctor` and `fetch` by tests of their own.
+Launches are rendered with `--dry-run`; `tests/cluster` starts such ones. What trains or plans is
+run by `tests/recipes/test_documented_runs.py`, `doctor` and `fetch` by `test_documented_doctor.py`
+beside it. The benchmarks take hours: their options are read by their own programs.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import typer
-from documented import ROOT, accrete_commands, inline_commands, lines, write_files
+from documented import PAGES, ROOT, accrete_commands, inline_commands, lines, write_files
 from typer.testing import CliRunner
 
 from accrete.launch.cli import app
@@ -77,12 +80,55 @@ def test_a_launch_of_the_docs_renders(folder, page, words):
     assert not list(folder.glob("runs/*/run.json")), "something was started"
 
 
+MAKEFILE = (ROOT / "Makefile").read_text()
+BENCHES = dict(
+    re.findall(r"^\t\$\(BIN\)/python tests/bench/(\w+)\.py \$\((\w+)\)$", MAKEFILE, re.MULTILINE)
+)
+"""The variable of each program that takes its options from one."""
+
+
 def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
     asked = {words[1] for _, words in lines() if words[0] == "make"}
     assert asked
-    assert asked <= targets
+    assert asked | set(make_targets_in_text()) <= targets
+
+
+def make_targets_in_text() -> list[str]:
+    texts = (page.read_text() for page in (*PAGES, ROOT / "CONTRIBUTING.md"))
+    return [target for text in texts for target in re.findall(r"`make ([a-z0-9-]+)", text)]
+
+
+def bench_calls() -> list[tuple[str, str]]:
+    """Program and options of every benchmark that a page calls, in a block or in running text."""
+    found = []
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        text = page.read_text()
+        for program, variable in BENCHES.items():
+            calls = re.findall(rf"{variable}='([^']*)'", text)
+            calls += re.findall(rf"^python tests/bench/{program}\.py (.*)$", text, re.MULTILINE)
+            found += [(program, call.replace("<kind>", "ewc_lora")) for call in calls]
+    return found
+
+
+@pytest.fixture
+def benches(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+
+
+def test_the_options_of_the_benchmarks_exist(benches):
+    calls = bench_calls()
+    assert {program for program, _ in calls} >= {"methods", "forecast", "results"}
+    for program, call in calls:
+        importlib.import_module(program).options(shlex.split(call))
+
+
+def test_a_wrong_option_of_a_benchmark_would_be_seen(benches, capsys):
+    """Control."""
+    for program in BENCHES:
+        with pytest.raises(SystemExit):
+            importlib.import_module(program).options(["--no-such-option"])
+        assert "--no-such-option" in capsys.readouterr().err
 
 
 def test_a_wrong_command_would_be_seen(folder):

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import author_folders as made
 import pytest
+from documented import lines
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+DOCUMENTED = [words for page, words in lines() if page == "doctor.md" and words[0] != "accrete"]
+ACCRETE = (sys.executable, "-m", "accrete.launch.cli")
 SRUN = ("srun", "-N2", "-n2", "--ntasks-per-node=1", "--label")
 
 
 def doctor(vcluster: Any, environment: dict[str, str], *words: object, **more: str) -> Any:
-    command = [*SRUN, sys.executable, "-m", "accrete.launch.cli", "doctor", "--json", "--procs", 1]
+    command = [*SRUN, *ACCRETE, "doctor", "--json", "--procs", 1]
     done = vcluster.run(
         "ctl", [*command, *words], env={**environment, **more}, check=False, timeout=250
     )
@@ -51,3 +58,42 @@ def test_an_interface_that_is_not_there(vcluster: Any, environment: dict[str, st
     assert status == 1
     assert said["1"]["interface on node 1"]["status"] == "failure"
     assert "ib7" in said["0"]["all-reduce"]["found"]
+
+
+def test_the_documented_lines(
+    vcluster: Any, environment: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    """As they stand, with one process on each node, made-up rows and a tiny model."""
+    by_slurm, by_hand = DOCUMENTED
+    made.make_olora(tmp_path / "data")
+    (tmp_path / "here").mkdir()
+    inside = ["sh", "-c", 'cd "$0" && "$@"', tmp_path / "here"]
+    at = by_slurm.index("accrete")
+    words = ["1" if word == "8" else word for word in by_slurm[at + 1 :]]
+    tiny = [f"model.path={recipe.parent / 'model'}", "data.benchmark=null"]
+    done = vcluster.run(
+        "ctl",
+        [*inside, by_slurm[0], "-N2", *by_slurm[1:at], *ACCRETE, *words, *tiny],
+        env=environment,
+        timeout=250,
+    )
+    assert "2 ranks over gloo" in done.stdout
+    assert "read by 1 other rank" in done.stdout
+    assert "warning  tokens" in done.stdout
+
+    *variables, _, command = by_hand
+    own = dict(word.split("=", 1) for word in variables)
+    assert own["MASTER_ADDR"] == "node1"
+    nodes = [
+        vcluster.popen(
+            name,
+            [*inside, *ACCRETE, command],
+            env={**environment, **own, "NPROC_PER_NODE": "1", "NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, name in enumerate(("node1", "node2"))
+    ]
+    said = [node.communicate(timeout=250)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "18 ok, 0 warnings, 0 failures" in said[0]
