@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "keep_lora_pp": {"method": "keep_lora_pp", "settings": {"eps_w": 0.2, "eps_f": 0.6}},
     "lwf": {"method": "lwf", "settings": {"weight": 2.0}},
+    "lwf_reversed": {"method": "lwf", "settings": {"weight": 2.0, "divergence": "new_old"}},
     "per_task": {"method": "per_task"},
     "replay": {"method": "replay", "settings": {"rows": 6}},
     "replay_reservoir": {
@@ -52,11 +53,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequential": {"method": "sequential"},
     "full": {"method": "full"},
     "ewc": {"method": "ewc", "settings": {"lambda_": 30.0}},
+    "ewc_every": {"method": "ewc", "settings": {"lambda_": 30.0, "anchor": "every"}},
     "gpm": {"method": "gpm", "settings": {"threshold": 0.7}},
+    "gpm_gradients": {"method": "gpm", "settings": {"threshold": 0.7, "project": "gradient"}},
     "lora_subtraction": {"method": "lora_subtraction", "settings": {"energy": 0.9}},
     "lora_subtraction_outputs": {
         "method": "lora_subtraction",
         "settings": {"energy": 0.9, "b_mode": "output_cov"},
+    },
+    "lora_subtraction_reference": {
+        "method": "lora_subtraction",
+        "settings": {"energy": 0.9, "mode": "reference", "b_mode": "output_cov"},
     },
     "lora_subtraction_triplet": {
         "method": "lora_subtraction",
@@ -64,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "closed": 3,
     },
     "sr2_lora": {"method": "sr2_lora", "settings": {"mu": 20.0}},
+    "sr2_lora_faithful": {"method": "sr2_lora", "settings": {"faithful": True}},
     "sr2_lora_uncached": {"method": "sr2_lora", "settings": {"mu": 20.0, "cache": "never"}},
 }
 """Method kind -> arguments."""
@@ -76,8 +84,11 @@ PLAIN_RELATIVE: dict[str, str] = {
     "ewc_lora_pretrained": "inc_lora",
     "ewc_lora_rank1": "inc_lora",
     "ewc": "full",
+    "ewc_every": "ewc",
+    "gpm_gradients": "gpm",
     "joint": "sequential",
     "lwf": "inc_lora",
+    "lwf_reversed": "inc_lora",
     "inc_lora_lines": "inc_lora",
     "inf_lora": "inc_lora",
     "o_lora": "inc_lora",
@@ -87,17 +98,26 @@ PLAIN_RELATIVE: dict[str, str] = {
     "replay_reservoir": "sequential",
     "lora_subtraction": "inc_lora",
     "lora_subtraction_outputs": "lora_subtraction",
+    "lora_subtraction_reference": "lora_subtraction_outputs",
     "sr2_lora": "inc_lora",
+    "sr2_lora_faithful": "sr2_lora",
 }
 """Method kind -> the kind that it is without its own mechanism, and must differ from."""
 
-TOLERANCE: dict[tuple[str, str], float] = {("keep_lora_gradients", "t5"): 5e-5}
+TOLERANCE: dict[tuple[str, str], float] = {
+    ("keep_lora_gradients", "t5"): 5e-5,
+    ("sr2_lora_faithful", "llama"): 1e-4,
+}
 """(kind, model) -> relative error allowed instead of 1e-5.
 
 keep_lora_gradients: bases are cut between singular values of mean gradients, which at the end of a
 task are small beside the gradients of single rows. In the toy T5 they lie a thousandth apart, so
 that fp32's 5e-7 in the gradient becomes 1e-5 in a direction: one process differs as much from
 itself with another micro-batch. Shared code is held to 1e-5 by keep_lora, and this by the LLaMA.
+
+sr2_lora_faithful: undivided by d, the relation loss is some 30 times as strong, and its gradient
+turns where two singular values meet: one process differs from itself by 6e-5 with another
+micro-batch, and by no more from two at any stage. The T5 holds it to 1e-5.
 """
 
 FOUR: tuple[str, ...] = (
