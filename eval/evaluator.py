@@ -235,7 +235,13 @@ class SequenceEvaluator:
             else:
                 scores.append(_row_score(task, i, False, 0.0, None))
         mean = sum(score.score for score in scores) / len(scores)
-        return TaskScore(task=task.handle.name, score=100 * mean, rows=scores, seconds=seconds)
+        return TaskScore(
+            task=task.handle.name,
+            score=100 * mean,
+            rows=scores,
+            seconds=seconds,
+            outside=_outside(task.handle, scores),
+        )
 
     def _score_text(self, task: OpenTask, row: int, decoded: _Decoded) -> RowScore:
         """Score decoded text by the task's metric.
@@ -266,6 +272,16 @@ def require_scorable(config: EvalConfig, handles: Sequence[TaskHandle]) -> None:
             f"{', '.join(open_tasks)}. Use eval.mode=auto: it takes one forward pass for exact "
             "matches and decodes the others."
         )
+
+
+def _outside(handle: TaskHandle, scores: Sequence[RowScore]) -> float | None:
+    """Percent of answers that the task's metric takes for none of its labels, where known."""
+    missed = [score.prediction for score in scores if not score.correct]
+    if not handle.labels or None in missed:
+        return None
+    measure, labels = MEASURES[handle.metric], handle.labels
+    outside = sum(measure.score(text or "", labels, "") < 1 for text in missed)
+    return 100 * outside / len(scores)
 
 
 def _row_score(

@@ -38,8 +38,9 @@ class Event(StrEnum):
     CONSOLIDATED = "consolidated"
     """stage, task, seconds, train_seconds, state_bytes, and what the method measured."""
     SCORED = "scored"
-    """stage, task, score (percent), rows, seconds, moment: `untrained` (stage -1) or `after`. After
-    stage t the tasks 0..t are scored, and t + 1 as well where forward transfer is wanted."""
+    """stage, task, score (percent), rows, seconds, moment: `untrained` (stage -1) or `after`; where
+    all answers were decoded, outside (percent that is none of the task's labels). After stage t the
+    tasks 0..t are scored, and t + 1 as well where forward transfer is wanted."""
     STAGE_FINISHED = "stage_finished"
     """stage, task, row (the new row of the matrix), score_seconds."""
     RESUMED = "resumed"

@@ -24,6 +24,9 @@ KEPT_EVERY = 2000
 """A scoring is kept about every so many rows: fewer would leave ranks without batches, more would
 be lost when it is cut off."""
 
+MANY_OUTSIDE = 10.0
+"""Percent of a task's answers outside its labels from which on a warning is given."""
+
 
 class Scorebook:
     """The accuracy matrix of a run, on disk and in memory. Collective: every method."""
@@ -64,6 +67,7 @@ class Scorebook:
     def _record(self, indices: list[int], scores: list[TaskScore], stage: int) -> None:
         for index, score in zip(indices, scores, strict=True):
             after = "after" if index <= stage else "before"
+            outside = {} if score.outside is None else {"outside": score.outside}
             self.parts.recorder.emit(
                 Event.SCORED,
                 stage=stage,
@@ -72,6 +76,19 @@ class Scorebook:
                 rows=len(score.rows),
                 seconds=score.seconds,
                 moment="untrained" if stage < 0 else after,
+                **outside,
+            )
+
+    def _warn(self, stage: int, scores: Sequence[TaskScore]) -> None:
+        """Answers of another kind than the task's often mean a wrong prompt, not a wrong model."""
+        many = [s for s in scores if s.outside is not None and s.outside > MANY_OUTSIDE]
+        if many:
+            named = ", ".join(f"{s.task} {s.outside:.0f} %" for s in many)
+            file = self.parts.run.stage(stage).predictions.relative_to(self.parts.run.path)
+            self.parts.recorder.emit(
+                Event.WARNING,
+                message=f"after {self.parts.tasks[stage].name}, answers that are none of the "
+                f"task's labels: {named}; {file} has them",
             )
 
     def _partial(self, stage: int) -> Path:
@@ -109,6 +126,7 @@ class Scorebook:
         if ahead:
             self.scores.before[index + 1] = following
         seconds = time.perf_counter() - began
+        self._warn(index, [found[i] for i in seen])
         if self.chief:
             lines = [
                 json.dumps(

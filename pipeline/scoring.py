@@ -38,6 +38,9 @@ class TaskScore:
     """All rows, in the order of the task's file; the same on every rank."""
     seconds: float
     """Time of the pass, shared out by tokens."""
+    outside: float | None = None
+    """Percent of the rows whose answer is none of the task's labels; None for open answers, and
+    where a row's text was not decoded."""
 
 
 class ModelView(Protocol):

@@ -48,13 +48,17 @@ def score(
         lines = [json.dumps(asdict(r), ensure_ascii=False) for s in scores for r in s.rows]
         write_text(out, "\n".join(lines) + "\n")
     if as_json:
-        found = [{"task": s.task, "score": s.score, "rows": len(s.rows)} for s in scores]
+        found = [
+            {"task": s.task, "score": s.score, "rows": len(s.rows), "outside": s.outside}
+            for s in scores
+        ]
         typer.echo(json.dumps({"stage": number, "scores": found}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "score", "rows", title=f"{run_dir} after stage {number}")
+    table = Table("task", "score", "rows", "no label", title=f"{run_dir} after stage {number}")
     for item in scores:
-        table.add_row(item.task, f"{item.score:.1f}", str(len(item.rows)))
+        outside = "" if item.outside is None else f"{item.outside:.1f} %"
+        table.add_row(item.task, f"{item.score:.1f}", str(len(item.rows)), outside)
     Console().print(table)

@@ -28,9 +28,10 @@ class CutError(Exception):
 class Scorer:
     """Scores that follow from the model as it stands; may be cut off before its n-th call."""
 
-    def __init__(self, cut=None):
+    def __init__(self, cut=None, outside=None):
         self.calls = []
         self.cut = cut
+        self.outside = outside or {}
 
     def __call__(self, view, tasks):
         if len(self.calls) == self.cut:
@@ -43,7 +44,9 @@ class Scorer:
         collator = toys.Collator(False, toys.PAD, None, toys.EOS)
         value = float(view.logits(collator.train(rows)).abs().mean()) / 10
         row = RowScore(task=task, id="1", correct=False, score=value, prediction="ü")
-        return TaskScore(task=task, score=100 * value, rows=[row], seconds=1.0)
+        return TaskScore(
+            task=task, score=100 * value, rows=[row], seconds=1.0, outside=self.outside.get(task)
+        )
 
 
 @pytest.fixture
@@ -99,3 +102,19 @@ def test_a_stage_that_is_trained_anew_is_scored_anew(run, tmp_path):
     _, resumed = run("cut", again := Scorer())
     assert again.calls == [["one"], ["two"]]
     assert len(resumed.rows) == 2
+
+
+def test_many_answers_outside_the_labels_give_one_warning_a_stage(run):
+    folder, _ = run("odd", Scorer(outside={"one": 37.4, "two": 10.0}))
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    scored = [(e["stage"], e["task"], e["outside"]) for e in events if e["event"] == "scored"]
+    assert scored == [(0, "one", 37.4), (1, "one", 37.4), (1, "two", 10.0)]
+    said = [e["message"] for e in events if e["event"] == "warning"]
+    assert said == [
+        f"after {task}, answers that are none of the task's labels: one 37 %; "
+        f"stages/{stage}/predictions.jsonl has them"
+        for stage, task in enumerate(("one", "two"))
+    ]
+    folder, _ = run("usual", Scorer())
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    assert not any("outside" in e or e["event"] == "warning" for e in events)
