@@ -80,7 +80,7 @@ class Scorebook:
             )
 
     def _warn(self, stage: int, scores: Sequence[TaskScore]) -> None:
-        """Answers of another kind than the task's often mean a wrong prompt, not a wrong model."""
+        """Say which tasks get answers of another kind: a wrong prompt, or another task's labels."""
         many = [s for s in scores if s.outside is not None and s.outside > MANY_OUTSIDE]
         if many:
             named = ", ".join(f"{s.task} {s.outside:.0f} %" for s in many)
