@@ -13,6 +13,8 @@ from accrete.pipeline.fence import Fence
 from accrete.pipeline.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from accrete.pipeline.config.run import RunConfig
     from accrete.pipeline.distributed.comm import Ranks
     from accrete.pipeline.distributed.engine import Engine
@@ -99,7 +101,8 @@ def build(
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
     model = trained_precision(config.model, type(method))
-    base = load_base(model_path, model, ranks.device)
+    origin = began_on(run, ranks.device)
+    base = load_base(model_path, model, origin)
     facts = replace(facts, unknown_inputs=unknown_inputs(base))
     adapted = (
         FullModel(base, method.weights)
@@ -107,7 +110,7 @@ def build(
         else AdaptedModel(base, config.adapter, method.layer_scales)
     )
     engine = build_engine(config, ranks, adapted, method)
-    mode = choose_mode(config.adapter.past, base_dtype(model, ranks.device))
+    mode = choose_mode(config.adapter.past, base_dtype(model, origin))
     evaluator = SequenceEvaluator(config.eval, collator, tokenizer, config.data.max_target_tokens)
     chief = ranks.rank == 0
     recorder = open_recorder(run, config, chief, fence) if record else Recorder(None)
@@ -134,6 +137,17 @@ def build(
         on_scores=lambda scores: write_results(run, scores),
         fence=fence,
     )
+
+
+def began_on(run: RunDir, here: torch.device) -> torch.device:
+    """The device of the run's first start: `auto` settings were decided there, for all its lives."""
+    import torch
+
+    from accrete.pipeline.records import Event, read_events
+
+    events = read_events(run.events) if run.events.exists() else iter(())
+    started = next((event for event in events if event["event"] == Event.RUN_STARTED), {})
+    return torch.device(started.get("device", here))
 
 
 def build_engine(config: RunConfig, ranks: Ranks, adapted: AdaptedModel, method: Any) -> Engine:

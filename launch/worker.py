@@ -71,10 +71,13 @@ def main() -> None:
         if isinstance(cause, InterruptionError) and token is not None:
             mark_interrupted(folder, token, str(cause))
         _leave(report_failure(folder, rank, cause))
+    _leave(0)
 
 
 def _leave(status: int) -> None:
-    """End without the interpreter's farewell, which can wait for ever in a broken process group."""
+    """End without the interpreter's farewell: it can wait for ever in a broken process group, and
+    libraries' threads have been seen to abort in it, after a run was finished.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

@@ -26,7 +26,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the model's own."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the frozen base: auto is bf16 on a GPU and fp32 on a CPU. Factors are fp32."""
+    """Precision of the frozen base: auto is bf16 on a GPU and fp32 on a CPU, decided when the run
+    first starts. Factors are fp32."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation, as transformers names it."""
     gradient_checkpointing: bool = False

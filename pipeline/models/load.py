@@ -74,7 +74,7 @@ def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn
     Args:
         path: Model folder or hub id, as `materialize` returned it.
         config: Precision, attention, dropout, gradient checkpointing.
-        device: Where it will run (decides `dtype: auto`).
+        device: Where the run began (decides `dtype: auto`).
 
     Raises:
         ModelError: The folder or the architecture cannot be loaded.

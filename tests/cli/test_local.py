@@ -307,3 +307,22 @@ def test_workers_die_with_a_killed_launcher_and_free_the_folder(run: RunDir) -> 
     wait_for(lambda: not any(alive(pid) for pid in pids))
     with run.lock():
         pass
+
+
+def test_a_worker_that_is_done_is_not_harmed_by_the_interpreters_end(run: RunDir) -> None:
+    """A library's thread may abort there; the run is on disk, and its status must say so."""
+    code = (
+        "import atexit, os, sys\n"
+        "from accrete.launch import execute, worker\n"
+        "atexit.register(os.abort)\n"
+        "execute.execute = lambda *arguments: print('done')\n"
+        "sys.argv = ['worker', '--run-dir', sys.argv[1]]\n"
+        "{}"
+    )
+    ends = {}
+    for name, last in (("worker", "worker.main()"), ("control", "execute.execute()")):
+        command = [sys.executable, "-c", code.format(last), str(run.path)]
+        ends[name] = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ends["worker"].returncode == 0, ends["worker"].stderr
+    assert ends["worker"].stdout == "done\n"
+    assert ends["control"].returncode == -signal.SIGABRT

@@ -202,6 +202,23 @@ def test_score_again_says_the_same(whole, accrete_here):
     assert [item["score"] for item in json.loads(done.stdout)["scores"]] == row
 
 
+def test_what_auto_decided_outlives_a_change_of_device(whole, tmp_path):
+    """A run that began on a GPU: its base stays bf16 and its past a branch, wherever it goes on."""
+    from accrete.launch.rebuild import rebuild
+
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    file = moved / "events.jsonl"
+    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda:0"', 1))
+    assert file.read_text() != (whole / "events.jsonl").read_text()
+    for folder, dtype, mode in ((whole, torch.float32, "fold"), (moved, torch.bfloat16, "branch")):
+        parts = rebuild(folder, 1).parts
+        frozen = {p.dtype for p in parts.adapted.module.parameters() if not p.requires_grad}
+        assert frozen == {dtype}
+        assert parts.past.mode == mode
+    assert rebuild(moved, 1, ["model.dtype=fp32"]).parts.past.mode == "fold"
+
+
 def test_exported_models_are_the_scored_one(whole, accrete_here, llama, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
