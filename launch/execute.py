@@ -140,7 +140,7 @@ def build(
 
 
 def began_on(run: RunDir, here: torch.device) -> torch.device:
-    """The device of the run's first start: `auto` settings were decided there, for all its lives."""
+    """The device of the run's first start, where `auto` settings were decided for all its lives."""
     import torch
 
     from accrete.pipeline.records import Event, read_events
