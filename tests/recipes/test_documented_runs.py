@@ -65,6 +65,8 @@ def shortened(words: list[str], folder: Path, model: Path) -> list[str]:
         for word in words
     ]
     own = words[1] in ("quickstart", "mine.yaml")
+    if "--calibrate" in words:
+        words += PLAIN
     if words[0] == "run" or own:
         words += [f"model.path={model}", "model.builder=null"]
     if words[0] == "run":
