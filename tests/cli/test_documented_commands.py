@@ -80,6 +80,7 @@ def test_a_launch_of_the_docs_renders(folder, page, words):
     assert not list(folder.glob("runs/*/run.json")), "something was started"
 
 
+TEXTS = [page.read_text() for page in (*PAGES, ROOT / "CONTRIBUTING.md")]
 MAKEFILE = (ROOT / "Makefile").read_text()
 BENCHES = dict(
     re.findall(r"^\t\$\(BIN\)/python tests/bench/(\w+)\.py \$\((\w+)\)$", MAKEFILE, re.MULTILINE)
@@ -95,15 +96,13 @@ def test_make_targets_exist():
 
 
 def make_targets_in_text() -> list[str]:
-    texts = (page.read_text() for page in (*PAGES, ROOT / "CONTRIBUTING.md"))
-    return [target for text in texts for target in re.findall(r"`make ([a-z0-9-]+)", text)]
+    return [target for text in TEXTS for target in re.findall(r"`make ([a-z0-9-]+)", text)]
 
 
 def bench_calls() -> list[tuple[str, str]]:
     """Program and options of every benchmark that a page calls, in a block or in running text."""
     found = []
-    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
-        text = page.read_text()
+    for text in TEXTS:
         for program, variable in BENCHES.items():
             calls = re.findall(rf"{variable}='([^']*)'", text)
             calls += re.findall(rf"^python tests/bench/{program}\.py (.*)$", text, re.MULTILINE)
