@@ -2,10 +2,11 @@
 
 Goes through a fixed list of runs, one after another, each an ordinary `accrete run` in a folder of
 its own; what is finished is passed over and what was cut off is resumed, so it may be stopped and
-started again at any time. After every run the table in docs/results.md is written anew, with a
-sentence for every method that does not beat its baseline.
-`--jobs N` makes N runs at once, on a GPU that a small model does not fill; `--set` adds overrides
-to every run:
+started again at any time. After every run its figures go into docs/results.json and the table in
+docs/results.md is written anew, with a sentence for every method that does not beat its baseline.
+Runs in docs/results.json are not made again, on no machine; take one out to repeat it.
+`--jobs N` makes N runs at once, on a GPU that a small model does not fill or on a core each;
+`--set` adds overrides to every run:
 
     make results RESULTS='--jobs 8 --set engine.procs=1 train.micro_batch_size=8'
 
@@ -20,19 +21,20 @@ Methods with a strength try two strengths at two learning rates, the others four
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import shlex
-import statistics
 import subprocess
 import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+
+from results_figures import BASELINE, HEAD, Figures, Record, measured, row, shortfall
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "results.json"
 TRIALS = 4
 RATES = ("5e-4", "1e-3")
 MORE_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
@@ -63,8 +65,6 @@ THREE_SEEDS = (
 WEIGHTS = ("full", "ewc", "gpm")
 """Methods that train all weights take a tenth of the learning rate."""
 BOUNDS = ("joint", "per_task")
-BASELINE = {"ewc": "full", "gpm": "full"}
-"""Kind -> what it has to beat; for the others `sequential`."""
 ORDER = (*THREE_SEEDS, "inc_lora", "inf_lora", *BOUNDS, "lwf", *WEIGHTS)
 MODELS = {"smollm2_135m": "standard_cl/order1_smollm2", "small_t5": "standard_cl/order1_small_t5"}
 
@@ -75,43 +75,47 @@ class Run:
 
     folder: Path
     recipe: str
+    settings: tuple[str, ...]
+    """What tells it from the other runs of its method."""
     overrides: tuple[str, ...]
+    """All of its overrides, `settings` among them."""
 
     @property
     def command(self) -> list[str]:
         """What starts it."""
         return ["run", self.recipe, *self.overrides, "--run-dir", str(self.folder)]
 
-    @property
-    def matrix(self) -> dict[str, Any] | None:
-        """Its results, if it is finished."""
-        events = self.folder / "events.jsonl"
-        if not events.is_file() or '"run_finished"' not in events.read_text():
-            return None
-        found: dict[str, Any] = json.loads((self.folder / "matrix.json").read_text())
-        return found
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """Its events of one kind."""
-        lines = (self.folder / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] == kind]
-
 
 class Plan:
     """The runs of one model, in the order in which they are made."""
 
-    def __init__(self, out: Path, data: Path, model: str, more: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, out: Path, data: Path, model: str, figures: Path, more: tuple[str, ...] = ()
+    ) -> None:
+        self.figures = Figures(figures, model)
         self.out = out / model
         self.data = data
         self.more = more
         self.recipe = MODELS[model]
         self.model = model
 
-    def _run(self, name: str, kind: str, overrides: tuple[str, ...]) -> Run:
+    def record(self, run: Run) -> Record | None:
+        """A run's figures, which are kept once they are seen; None while it is not finished."""
+        kind, name = run.folder.parent.name, run.folder.name
+        kept = self.figures.get(kind, name)
+        if kept is not None and tuple(kept["settings"]) == run.settings:
+            return kept
+        found = measured(run.folder, run.settings)
+        if found is not None:
+            self.figures.put(kind, name, found)
+        return found
+
+    def _run(self, name: str, kind: str, settings: tuple[str, ...], scored: tuple[str, ...]) -> Run:
         fixed = (f"data.root={self.data}", f"method={kind}", "eval.forward_transfer=false")
         if kind not in WEIGHTS:
             fixed += ("model.dtype=bf16",)
-        return Run(self.out / kind / name, self.recipe, (*fixed, *overrides, *self.more))
+        overrides = (*fixed, *scored, *settings, *self.more)
+        return Run(self.out / kind / name, self.recipe, settings, overrides)
 
     def settings(self, kind: str) -> list[tuple[str, ...]]:
         """The settings of each trial of a method."""
@@ -128,7 +132,7 @@ class Plan:
         """The search of a method."""
         search = ("tasks=[dbpedia, amazon]", "data.eval_split=dev", "data.max_eval_examples=100")
         return [
-            self._run(f"trial-{number}", kind, (*search, *settings))
+            self._run(f"trial-{number}", kind, settings, search)
             for number, settings in enumerate(self.settings(kind))
         ]
 
@@ -137,10 +141,10 @@ class Plan:
         key = "plasticity" if kind == "per_task" else "average_performance"
         scores = []
         for run in self.trials(kind):
-            matrix = run.matrix
-            if matrix is None:
+            record = self.record(run)
+            if record is None:
                 return None
-            scores.append(float(matrix["metrics"][key]))
+            scores.append(float(record["metrics"][key]))
         return self.settings(kind)[scores.index(max(scores))]
 
     def main(self, kind: str, seed: int) -> Run | None:
@@ -148,30 +152,40 @@ class Plan:
         chosen = self.chosen(kind)
         if chosen is None:
             return None
-        more = (f"seed={seed}", "data.max_eval_examples=200")
-        return self._run(f"seed-{seed}", kind, (*chosen, *more))
+        scored = ("data.max_eval_examples=200",)
+        return self._run(f"seed-{seed}", kind, (*chosen, f"seed={seed}"), scored)
 
     def seeds(self, kind: str) -> range:
         """The seeds of a method."""
         return range(3 if kind in THREE_SEEDS and self.model == "smollm2_135m" else 1)
+
+    def finished(self, kind: str) -> dict[int, Record]:
+        """Seed -> figures of a method's run over the whole sequence."""
+        runs = {seed: self.main(kind, seed) for seed in self.seeds(kind)}
+        records = {seed: self.record(run) for seed, run in runs.items() if run is not None}
+        return {seed: record for seed, record in records.items() if record is not None}
 
 
 def _rate(rate: str, tenth: bool) -> str:
     return f"{float(rate) / 10:g}" if tenth else rate
 
 
-def perform(run: Run) -> None:
-    """Make a run, or what is left of it."""
-    if run.matrix is not None:
-        return
+def perform(run: Run, jobs: int = 1) -> None:
+    """Make a run, or what is left of it, beside `jobs` - 1 others."""
     begun = (run.folder / "run.json").is_file()
     command = ["resume", str(run.folder)] if begun else run.command
     print("+ accrete", shlex.join(command), flush=True)
     log = run.folder.parent / f"{run.folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # Threads of two runs that wait, spinning, for the same cores made both 15 times as slow.
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    environment = os.environ if jobs == 1 else {"OMP_NUM_THREADS": threads, **os.environ}
     with log.open("ab") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "accrete.launch.cli", *command], stdout=file, stderr=file
+            [sys.executable, "-m", "accrete.launch.cli", *command],
+            stdout=file,
+            stderr=file,
+            env=environment,
         )
     if done.returncode != 0:
         print(f"  exit status {done.returncode}, see {log}; going on with the next", flush=True)
@@ -179,70 +193,25 @@ def perform(run: Run) -> None:
 
 def table(plan: Plan, kinds: list[str]) -> str:
     """The Markdown table of what is finished."""
-    lines = [
-        "| method | seeds | AP | BWT | plasticity | seconds | state, bytes per rank | chosen |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = list(HEAD)
     for kind in kinds:
-        done = finished(plan, kind)
-        if not done:
-            trials = sum(run.matrix is not None for run in plan.trials(kind))
-            lines.append(f"| `{kind}` | not run yet ({trials} of {TRIALS} trials) | | | | | | |")
+        runs, chosen = plan.finished(kind), plan.chosen(kind)
+        if runs and chosen is not None:
+            lines.append(row(kind, runs, chosen))
             continue
-        runs, metrics = zip(*done.values(), strict=True)
-        seconds = [sum(e["seconds"] for e in run.events("run_finished")) for run in runs]
-        state = max(e["state_bytes"] for e in runs[-1].events("consolidated"))
-        cells = [
-            _mean([found[name] for found in metrics])
-            for name in ("average_performance", "backward_transfer", "plasticity")
-        ]
-        chosen = " ".join(f"`{text}`" for text in plan.chosen(kind) or ())
-        lines.append(
-            f"| `{kind}` | {len(done)} | {' | '.join(cells)} | {statistics.median(seconds):.0f} | "
-            f"{state:,.0f} | {chosen} |"
-        )
+        trials = sum(plan.record(run) is not None for run in plan.trials(kind))
+        lines.append(f"| `{kind}` | not run yet ({trials} of {TRIALS} trials) | | | | | | |")
     return "\n".join(lines)
 
 
 def shortfalls(plan: Plan, kinds: list[str]) -> list[str]:
     """A sentence for every method that does not beat its baseline, seed by seed."""
-    said = []
-    for kind in kinds:
-        baseline = BASELINE.get(kind, "sequential")
-        mine, other = scores(plan, kind), scores(plan, baseline)
-        gains = [mine[seed] - other[seed] for seed in mine.keys() & other.keys()]
-        if kind in ("sequential", "full", *BOUNDS) or not gains:
-            continue
-        mean = statistics.mean(gains)
-        over = f"points over {len(gains)} seed{'s' * (len(gains) > 1)}"
-        if mean <= 0:
-            said.append(f"`{kind}` does not beat `{baseline}`: {mean:+.1f} {over}.")
-        elif min(gains) <= 0:
-            said.append(f"`{kind}` beats `{baseline}` by {mean:.1f} {over}, but not at every one.")
-    return said
-
-
-def scores(plan: Plan, kind: str) -> dict[int, float]:
-    """Seed -> average performance, of what is finished."""
-    done = finished(plan, kind)
-    return {seed: float(metrics["average_performance"]) for seed, (_, metrics) in done.items()}
-
-
-def finished(plan: Plan, kind: str) -> dict[int, tuple[Run, dict[str, Any]]]:
-    """Seed -> a method's run over the whole sequence, and its metrics."""
-    runs = {seed: plan.main(kind, seed) for seed in plan.seeds(kind)}
-    matrices = {seed: (run, run.matrix) for seed, run in runs.items() if run is not None}
-    return {
-        seed: (run, matrix["metrics"])
-        for seed, (run, matrix) in matrices.items()
-        if matrix is not None
-    }
-
-
-def _mean(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    said = [
+        shortfall(kind, plan.finished(kind), plan.finished(BASELINE.get(kind, "sequential")))
+        for kind in kinds
+        if kind not in ("sequential", "full", *BOUNDS)
+    ]
+    return [sentence for sentence in said if sentence]
 
 
 def write_page(plan: Plan, kinds: list[str]) -> None:
@@ -277,7 +246,8 @@ def main() -> None:
     arguments = options()
     if not arguments.data.is_dir():
         raise SystemExit(f"--data {arguments.data}: no such folder; it holds the benchmark rows.")
-    plan = Plan(arguments.out, arguments.data, arguments.model, tuple(arguments.set))
+    more = tuple(arguments.set)
+    plan = Plan(arguments.out, arguments.data, arguments.model, FIGURES, more)
     kinds = list(arguments.methods)
     if not (arguments.list or arguments.table):
         work(plan, kinds, arguments.jobs)
@@ -286,7 +256,9 @@ def main() -> None:
             found = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
             for run in found:
                 if run is not None:
-                    print("done" if run.matrix else "open", "accrete", shlex.join(run.command))
+                    print(
+                        "done" if plan.record(run) else "open", "accrete", shlex.join(run.command)
+                    )
         return
     write_page(plan, list(ORDER))
 
@@ -296,7 +268,7 @@ def possible(plan: Plan, kinds: list[str]) -> list[Run]:
     firsts = [[*plan.trials(kind), plan.main(kind, 0)] for kind in kinds]
     others = [[plan.main(kind, seed) for seed in plan.seeds(kind)[1:]] for kind in kinds]
     runs = (run for group in (*firsts, *others) for run in group)
-    return [run for run in runs if run is not None and run.matrix is None]
+    return [run for run in runs if run is not None and plan.record(run) is None]
 
 
 def work(plan: Plan, kinds: list[str], jobs: int = 1) -> None:
@@ -308,7 +280,7 @@ def work(plan: Plan, kinds: list[str], jobs: int = 1) -> None:
             for run in possible(plan, kinds):
                 if len(running) < jobs and run.folder not in started:
                     started.add(run.folder)
-                    running.add(pool.submit(perform, run))
+                    running.add(pool.submit(perform, run, jobs))
             if not running:
                 return
             _, running = wait(running, return_when=FIRST_COMPLETED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import results
+import results_figures
 
 from accrete.pipeline.config.load import load_recipe
 from accrete.pipeline.methods.registry import METHODS
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return results.Plan(tmp_path, tmp_path, "smollm2_135m", tmp_path / "figures.json")
 
 
 def test_every_method_is_on_the_list():
@@ -24,7 +31,7 @@ def test_every_method_is_on_the_list():
 @pytest.mark.parametrize("model", list(results.MODELS))
 @pytest.mark.parametrize("kind", results.ORDER)
 def test_every_run_can_be_read(kind, model, tmp_path):
-    plan = results.Plan(tmp_path, tmp_path, model)
+    plan = results.Plan(tmp_path, tmp_path, model, tmp_path / "figures.json")
     trials = plan.trials(kind)
     assert len(trials) == results.TRIALS
     assert len({run.overrides for run in trials}) == results.TRIALS
@@ -38,16 +45,25 @@ def test_every_run_can_be_read(kind, model, tmp_path):
 def finish(run, score, seconds=10.0, state=7):
     run.folder.mkdir(parents=True)
     metrics = dict.fromkeys(("average_performance", "backward_transfer", "plasticity"), score)
-    (run.folder / "matrix.json").write_text(json.dumps({"metrics": metrics}))
+    matrix = {"metrics": metrics, "matrix": [[score]]}
+    (run.folder / "matrix.json").write_text(json.dumps(matrix))
+    about = {
+        "overrides": run.overrides,
+        "started": "2026-01-01",
+        "hardware": {"cpu": "abacus"},
+        "versions": {"torch": "2"},
+    }
+    (run.folder / "run.json").write_text(json.dumps(about))
     events = (
-        {"event": "consolidated", "state_bytes": state},
-        {"event": "run_finished", "seconds": seconds},
+        {"event": "run_started", "time": 0.0},
+        {"event": "consolidated", "time": 1.0, "state_bytes": state},
+        {"event": "resumed", "time": 100.0},
+        {"event": "run_finished", "time": 100.0 + seconds - 1.0},
     )
     (run.folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
 
 
-def test_the_best_trial_is_taken_and_the_table_follows(tmp_path, monkeypatch):
-    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m")
+def test_the_best_trial_is_taken_and_the_table_follows(plan, monkeypatch):
     assert plan.main("sequential", 0) is None
     for run, score in zip(plan.trials("sequential")[:3], (10.0, 30.0, 30.0), strict=True):
         finish(run, score)
@@ -59,27 +75,76 @@ def test_the_best_trial_is_taken_and_the_table_follows(tmp_path, monkeypatch):
         finish(plan.main("sequential", seed), score)
     row = results.table(plan, ["sequential"]).splitlines()[-1]
     assert row.startswith("| `sequential` | 3 | 50.0 ± 10.0 |")
-    # What is finished is not made again, what was begun is resumed.
+    assert "| 10 | 7 | `train.learning_rate=5e-4` |" in row  # what both attempts took
+    # What was begun is resumed; runs beside one another share the cores.
     calls = []
-    monkeypatch.setattr(
-        results.subprocess, "run", lambda c, **_: calls.append(c[3:]) or Done(returncode=0)
-    )
-    results.perform(plan.main("sequential", 0))
-    assert calls == []
+    threads = []
+
+    def start(command, env, **_):
+        calls.append(command[3:])
+        threads.append(env.get("OMP_NUM_THREADS"))
+        return Done(returncode=0)
+
+    monkeypatch.setattr(results.subprocess, "run", start)
+    monkeypatch.setattr(results.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     begun = plan.trials("inc_lora")[0]
     begun.folder.mkdir(parents=True)
     (begun.folder / "run.json").write_text("{}")
     results.perform(begun)
-    results.perform(plan.trials("inc_lora")[1])
+    results.perform(plan.trials("inc_lora")[1], jobs=4)
     assert calls[0] == ["resume", str(begun.folder)]
     assert calls[1][0] == "run"
+    assert threads == [None, "2"]
+
+
+def test_figures_outlive_the_folders_of_their_runs(plan, tmp_path):
+    for run in (*plan.trials("joint"), *plan.trials("lwf")[:1]):
+        finish(run, 20.0)
+    assert plan.chosen("joint") is not None
+    finish(plan.main("joint", 0), 30.0)
+    page = results.table(plan, ["joint", "lwf"])
+    moved = results.Plan(tmp_path / "new", tmp_path, "smollm2_135m", tmp_path / "figures.json")
+    assert results.table(moved, ["joint", "lwf"]) == page
+    assert [run.folder.name for run in results.possible(moved, ["joint", "lwf"])] == [
+        "trial-1",
+        "trial-2",
+        "trial-3",
+    ]
+    # Not those of other settings, nor those of another model.
+    other = results.Plan(tmp_path / "new", tmp_path, "small_t5", tmp_path / "figures.json")
+    assert other.chosen("joint") is None
+    (unlike,) = (run for run in moved.trials("joint")[:1])
+    assert moved.record(replace(unlike, settings=("train.learning_rate=7",))) is None
+    with pytest.raises(SystemExit, match=r"was not made with train.learning_rate=7"):
+        plan.record(replace(plan.trials("joint")[0], settings=("train.learning_rate=7",)))
+
+
+def test_a_run_is_a_line_of_the_file(tmp_path):
+    figures = results_figures.Figures(tmp_path / "figures.json", "b")
+    figures.put("full", "seed-0", {"settings": ["x"]})
+    before = figures.path.read_text().splitlines()
+    figures.put("full", "seed-1", {"settings": ["y"]})
+    after = figures.path.read_text().splitlines()
+    assert len(after) == len(before) + 1
+    assert json.loads(figures.path.read_text())["b"]["full"]["seed-1"] == {"settings": ["y"]}
+
+
+def test_the_figures_that_are_kept_belong_to_runs_of_the_list(tmp_path):
+    for model, kinds in json.loads(results.FIGURES.read_text()).items():
+        plan = results.Plan(tmp_path, tmp_path, model, results.FIGURES)
+        for kind, runs in kinds.items():
+            listed = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
+            found = {run.folder.name for run in listed if run is not None and plan.record(run)}
+            assert found == set(runs)
 
 
 def test_runs_are_made_in_order_once_and_only_when_settings_are_known(tmp_path, monkeypatch):
-    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m", ("engine.procs=1",))
+    figures = tmp_path / "figures.json"
+    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m", figures, ("engine.procs=1",))
     made = []
 
-    def perform(run):
+    def perform(run, jobs):
         assert run.overrides[-1] == "engine.procs=1"
         made.append(f"{run.folder.parent.name}/{run.folder.name}")
         if made[-1] != "joint/trial-1":  # which fails
@@ -99,8 +164,7 @@ def test_runs_are_made_in_order_once_and_only_when_settings_are_known(tmp_path, 
     assert made == ["joint/trial-1"]
 
 
-def test_a_method_that_does_not_beat_its_baseline_is_named(tmp_path, monkeypatch):
-    plan = results.Plan(tmp_path, tmp_path, "smollm2_135m")
+def test_a_method_that_does_not_beat_its_baseline_is_named(plan, tmp_path, monkeypatch):
     found = {
         "sequential": (40.0, 50.0, 60.0),
         "ewc_lora": (41.0, 51.0, 61.0),  # better at every seed: nothing is said
