@@ -159,6 +159,11 @@ class Plan:
         """The seeds of a method."""
         return range(3 if kind in THREE_SEEDS and self.model == "smollm2_135m" else 1)
 
+    def runs(self, kind: str) -> list[Run]:
+        """All runs of a method whose settings are known."""
+        found = (*self.trials(kind), *(self.main(kind, seed) for seed in self.seeds(kind)))
+        return [run for run in found if run is not None]
+
     def finished(self, kind: str) -> dict[int, Record]:
         """Seed -> figures of a method's run over the whole sequence."""
         runs = {seed: self.main(kind, seed) for seed in self.seeds(kind)}
@@ -253,12 +258,9 @@ def main() -> None:
         work(plan, kinds, arguments.jobs)
     if arguments.list:
         for kind in kinds:
-            found = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
-            for run in found:
-                if run is not None:
-                    print(
-                        "done" if plan.record(run) else "open", "accrete", shlex.join(run.command)
-                    )
+            for run in plan.runs(kind):
+                state = "done" if plan.record(run) else "open"
+                print(state, "accrete", shlex.join(run.command))
         return
     write_page(plan, list(ORDER))
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accrete.pipeline.run_dir import write_text
+from accrete.pipeline.records import Event, read_events
+from accrete.pipeline.run_dir import RunDir, read_json, write_text
 
 Record = dict[str, Any]
 """Figures of one finished run: see `measured`."""
@@ -31,22 +32,20 @@ def measured(folder: Path, settings: tuple[str, ...]) -> Record | None:
     Raises:
         SystemExit: The folder holds a run with other settings.
     """
-    path = folder / "events.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    if '"run_finished"' not in text:
+    run = RunDir(folder)
+    events = list(read_events(run.events)) if run.events.is_file() else []
+    if not any(event["event"] == Event.RUN_FINISHED for event in events):
         return None
-    events = [json.loads(line) for line in text.splitlines()]
-    about = json.loads((folder / "run.json").read_text())
+    about, matrix = read_json(run.run), read_json(run.matrix)
     if not set(settings) <= set(about["overrides"]):
         wanted = " ".join(settings)
         raise SystemExit(f"{folder} was not made with {wanted}; move it away to run it anew.")
-    matrix = json.loads((folder / "matrix.json").read_text())
     return {
         "settings": list(settings),
         "metrics": matrix["metrics"],
         "matrix": matrix["matrix"],
         "seconds": round(_seconds(events)),
-        "state_bytes": max(e["state_bytes"] for e in events if e["event"] == "consolidated"),
+        "state_bytes": max(e["state_bytes"] for e in events if e["event"] == Event.CONSOLIDATED),
         "started": about["started"],
         "processor": about["hardware"]["cpu"],
         "torch": about["versions"]["torch"],
@@ -55,7 +54,7 @@ def measured(folder: Path, settings: tuple[str, ...]) -> Record | None:
 
 def _seconds(events: list[dict[str, Any]]) -> float:
     """Time at work, of all attempts of a run that was cut off and resumed."""
-    starts = [n for n, e in enumerate(events) if e["event"] in ("run_started", "resumed")]
+    starts = [n for n, e in enumerate(events) if e["event"] in (Event.RUN_STARTED, Event.RESUMED)]
     ends = [*(n - 1 for n in starts[1:]), len(events) - 1]
     return sum(events[b]["time"] - events[a]["time"] for a, b in zip(starts, ends, strict=True))
 

@@ -114,10 +114,10 @@ def test_figures_outlive_the_folders_of_their_runs(plan, tmp_path):
     # Not those of other settings, nor those of another model.
     other = results.Plan(tmp_path / "new", tmp_path, "small_t5", tmp_path / "figures.json")
     assert other.chosen("joint") is None
-    (unlike,) = (run for run in moved.trials("joint")[:1])
-    assert moved.record(replace(unlike, settings=("train.learning_rate=7",))) is None
+    settings = ("train.learning_rate=7",)
+    assert moved.record(replace(moved.trials("joint")[0], settings=settings)) is None
     with pytest.raises(SystemExit, match=r"was not made with train.learning_rate=7"):
-        plan.record(replace(plan.trials("joint")[0], settings=("train.learning_rate=7",)))
+        plan.record(replace(plan.trials("joint")[0], settings=settings))
 
 
 def test_a_run_is_a_line_of_the_file(tmp_path):
@@ -134,8 +134,7 @@ def test_the_figures_that_are_kept_belong_to_runs_of_the_list(tmp_path):
     for model, kinds in json.loads(results.FIGURES.read_text()).items():
         plan = results.Plan(tmp_path, tmp_path, model, results.FIGURES)
         for kind, runs in kinds.items():
-            listed = [*plan.trials(kind), *(plan.main(kind, seed) for seed in plan.seeds(kind))]
-            found = {run.folder.name for run in listed if run is not None and plan.record(run)}
+            found = {run.folder.name for run in plan.runs(kind) if plan.record(run)}
             assert found == set(runs)
 
 
