@@ -134,9 +134,11 @@ def test_gradients_equal_those_through_hidden_states(kind, tmp_path):
 
     got = gradients(pooled(stage, stage.collator.train(ROWS)))
     expected = gradients(by_hand(stage, ROWS))
-    assert max(float(g.abs().max()) for g in expected) > 0.1
+    scale = max(float(g.abs().max()) for g in expected)
+    assert scale > 0.1
+    # A gradient's entries are sums that cancel: the largest says how exact fp32 can be.
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("kind", MODELS)
