@@ -268,7 +268,8 @@ def test_forgetting_of_two_quadratics_is_the_known_formula():
         method.remember(name, own_rows(h1[name]), own_rows(p.detach()))
     solve(method, stage, h2, u2)
     forgotten = sum(
-        float((h1[n] * (p - u1[n]).square()).sum()) / 2 for n, p in module.named_parameters()
+        float((h1[n] * (p.detach() - u1[n]).square()).sum()) / 2
+        for n, p in module.named_parameters()
     )
     formula = sum(
         float((h1[n] * (h2[n] / (h2[n] + strength * h1[n]) * (u2[n] - u1[n])).square()).sum()) / 2
