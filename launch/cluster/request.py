@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accrete.launch.api import RESUMABLE
-from accrete.launch.cluster.settings import CACHES, ClusterConfig, time_in_seconds
+from accrete.launch.cluster.settings import CACHES, HUB_PARTS, ClusterConfig, time_in_seconds
 from accrete.pipeline.errors import ConfigError, RunFolderError
 from accrete.pipeline.run_dir import RunDir, read_json, write_json, write_text
 
@@ -215,14 +215,33 @@ def with_own_caches(cluster: ClusterConfig) -> ClusterConfig:
     `env` or `setup` says for the nodes holds.
     """
     said = "\n".join([*cluster.env, *cluster.setup])
-    found: dict[str, Any] = {
-        name: str(Path(os.environ[variable]).expanduser().absolute())
+    here = _own_caches(said)
+    storage: dict[str, Any] = {
+        name: here[variable]
         for name, variable in CACHES.items()
-        if os.environ.get(variable)
-        and getattr(cluster.storage, name) is None
-        and variable not in said
+        if variable in here and getattr(cluster.storage, name) is None and variable not in said
     }
-    return dataclasses.replace(cluster, storage=dataclasses.replace(cluster.storage, **found))
+    parts = {}
+    if cluster.storage.hf_home is None:
+        # Nodes that ask the hub keep the rows on a disk of their own.
+        wanted = HUB_PARTS if cluster.storage.offline else HUB_PARTS[:1]
+        parts = {name: here[name] for name in wanted if name in here and name not in said}
+    return dataclasses.replace(
+        cluster,
+        storage=dataclasses.replace(cluster.storage, **storage),
+        env={**cluster.env, **parts},
+    )
+
+
+def _own_caches(said: str) -> dict[str, str]:
+    """The caches that this machine's environment names, as absolute folders."""
+    named = {name: os.environ.get(name) for name in (*CACHES.values(), *HUB_PARTS)}
+    home = os.environ.get("XDG_CACHE_HOME")
+    if home and not named["HF_HOME"] and "XDG_CACHE_HOME" not in said:
+        named["HF_HOME"] = os.path.join(home, "huggingface")
+    return {
+        name: str(Path(folder).expanduser().absolute()) for name, folder in named.items() if folder
+    }
 
 
 def engine_overrides(cluster: ClusterConfig) -> list[str]:

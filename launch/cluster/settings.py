@@ -40,6 +40,8 @@ class NetworkConfig:
 
 CACHES = {"cache": "ACCRETE_CACHE", "hf_home": "HF_HOME"}
 """What `storage` says of the caches -> the variable that says it to a process."""
+HUB_PARTS = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
+"""Variables that move a part of `HF_HOME`: models, and rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

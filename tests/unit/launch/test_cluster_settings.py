@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from accrete.launch.cluster.request import engine_overrides, make_request
+from accrete.launch.cluster.request import engine_overrides, make_request, with_own_caches
 from accrete.launch.cluster.settings import (
     ClusterConfig,
     StorageConfig,
@@ -100,6 +101,7 @@ def test_nodes_get_the_caches_of_the_machine_that_submits(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCRETE_CACHE", "cache")
     monkeypatch.setenv("HF_HOME", "/shared/hf")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def storage(cluster: ClusterConfig, **options: bool) -> tuple[str | None, str | None]:
         found = make_request("quickstart", [], tmp_path / "run", cluster, **options).cluster.storage
@@ -113,6 +115,29 @@ def test_nodes_get_the_caches_of_the_machine_that_submits(
     assert storage(ClusterConfig(), own_caches=False) == (None, None)  # pods
     monkeypatch.delenv("HF_HOME")
     assert storage(ClusterConfig()) == (str(tmp_path / "cache"), None)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
+    assert storage(ClusterConfig())[1] == "/shared/huggingface"
+    assert storage(ClusterConfig(setup=["export XDG_CACHE_HOME=/e"]))[1] is None
+
+
+def test_nodes_get_the_parts_of_the_hub_cache_that_were_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", "/scratch/models")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/scratch/rows")
+    monkeypatch.setenv("HF_HOME", "/shared/hf")
+
+    def environment(**settings: Any) -> dict[str, str]:
+        return with_own_caches(ClusterConfig(**settings)).env
+
+    both = {"HF_HUB_CACHE": "/scratch/models", "HF_DATASETS_CACHE": "/scratch/rows"}
+    assert environment(env={"A": "b"}) == {"A": "b", **both}
+    # Nodes that ask the hub keep the rows on a disk of their own.
+    online = StorageConfig(offline=False)
+    assert environment(storage=online) == {"HF_HUB_CACHE": "/scratch/models"}
+    # What the cluster says holds.
+    assert environment(storage=StorageConfig(hf_home="/b")) == {}
+    assert environment(env={"HF_HUB_CACHE": "/c"}) == {**both, "HF_HUB_CACHE": "/c"}
 
 
 def test_one_process_cannot_be_many(tmp_path: Path) -> None:
