@@ -58,6 +58,11 @@ class Watched:
         lines = (folder / "run" / "events.jsonl").read_text().splitlines()
         self.notes = [e for e in map(json.loads, lines) if e["event"] == "consolidated"]
 
+    def key(self, name):
+        """Under which name a layer's memory is kept: features are shared by readers of one input."""
+        grown = self.method.config.memory
+        return name if grown == "gradients" else self.method._inputs[name]
+
     def delta(self, task, name):
         a, b = self.factors[task][name]
         return 2.0 * b.double().numpy() @ a.double().numpy()
@@ -148,7 +153,7 @@ def span(*rows):
 
 def protected(run, model, task, name):
     """The projector on M of one layer before a task."""
-    memory = run.before[task].get(run.method._key(name))
+    memory = run.before[task].get(run.key(name))
     return span(principal(model, name), *([] if memory is None else [memory.T]))
 
 

@@ -97,7 +97,7 @@ def test_gradients_span_no_more_than_the_inputs(tmp_path):
     )
     row = rows_of(run, 0)[:1]
     for name, gradient in gradients(run, "llama", 1, row).items():
-        inside = span(run.after[0][run.method._key(name)].T)
+        inside = span(run.after[0][run.key(name)].T)
         assert np.trace(inside) < 31
         assert np.linalg.norm(gradient - gradient @ inside) < 1e-5 * np.linalg.norm(gradient)
 
@@ -127,7 +127,7 @@ def test_rows_without_room_are_zero_and_said(tmp_path):
 
 def span_at(run, task, name):
     weight = toys.base_model("llama").get_submodule(name).weight.double().numpy()
-    memory = run.before[task].get(run.method._key(name))
+    memory = run.before[task].get(run.key(name))
     return span(leading(weight, 0.9), *([] if memory is None else [memory.T]))
 
 
