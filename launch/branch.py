@@ -14,6 +14,7 @@ from accrete.pipeline.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from accrete.launch.prepare import Prepared
+    from accrete.pipeline.methods.base import MethodConfig
 
 FIXED = ("model", "adapter", "data", "seed")
 """What the shared stages were made with; a branch cannot change it."""
@@ -40,7 +41,8 @@ def require_branchable(parent: RunDir, stage: int, new: LoadedRecipe) -> None:
         RunFolderError: The parent has no such finished stage.
     """
     parent.require_run()
-    if not (parent.checkpoints / f"stage-{stage}" / "checkpoint.json").is_file():
+    manifest = parent.checkpoints / f"stage-{stage}" / "checkpoint.json"
+    if not manifest.is_file():
         raise RunFolderError(f"{parent.path}: stage {stage} is not finished (stages count from 0).")
     old = load_recipe(parent.recipe)
     before, after = old.resolved(), new.resolved()
@@ -54,6 +56,28 @@ def require_branchable(parent: RunDir, stage: int, new: LoadedRecipe) -> None:
             "checkpoint.* and later tasks. For the rest start a new run."
         )
     _require_same_kind(old.config.method.kind, new.config.method.kind)
+    _require_same_past(parent, read_json(manifest), old.config.method, new.config.method)
+
+
+def _require_same_past(
+    parent: RunDir, manifest: dict[str, Any], before: MethodConfig, after: MethodConfig
+) -> None:
+    """The finished tasks' factors must mean the same to the new method."""
+    from accrete.pipeline.methods.registry import method_class
+
+    old, new = (method_class(config.kind)(config) for config in (before, after))
+    if new.restarts and manifest["past"]:
+        raise ConfigError(
+            f"method {after.kind} starts every task from the untrained model, and the stages of "
+            f"{parent.path} have changed it: {before.kind} put their factors into it. Start a new "
+            "run, or branch from one whose method is sequential, joint or per_task."
+        )
+    if len(manifest["past"]) > 1 and old.merge != new.merge:
+        raise ConfigError(
+            f"{parent.path} put {len(manifest['past'])} tasks together with method.merge="
+            f"{old.merge}; a branch with {new.merge} would change the model they made. Keep "
+            f"{old.merge}, branch from stage 0, or start a new run."
+        )
 
 
 def _require_same_kind(before: str, after: str) -> None:

@@ -22,6 +22,7 @@ from accrete.pipeline.models.lora import (
     Factors,
     initial_factors,
     load_factors,
+    load_scales,
     save_adapter,
 )
 from accrete.pipeline.parts import Parts, Scores
@@ -324,8 +325,10 @@ class StageRunner:
 
     def _load_past(self, manifest: checkpoint.Manifest) -> None:
         for name in manifest.past:
-            self._past.append(self.parts.run.path / name)
-            self.parts.past.add(load_factors(self._past[-1].parent))
+            file = self.parts.run.path / name
+            self._past.append(file)
+            factors = load_factors(file.parent)
+            self.parts.past.add(factors, load_scales(file.parent, factors))
 
     def _load_boundary(self, index: int) -> None:
         """The method's state after stage `index`, and the live factors if they go on."""

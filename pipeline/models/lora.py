@@ -7,12 +7,13 @@ s = alpha / rank (specs of peft; A and B are swapped in some papers).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,15 @@ def save_adapter(adapted: AdaptedModel, factors: Factors, model_path: str, folde
         os.replace(file, folder / file.name)
     aside.rmdir()
     sync_folder(folder)
+
+
+def load_scales(folder: Path, layers: Iterable[str]) -> dict[str, float]:
+    """The scale alpha / rank that layers have in a peft folder written by `save_adapter`."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    alphas: dict[str, float] = config["alpha_pattern"]
+    return {
+        name: alphas.get(re.escape(name), config["lora_alpha"]) / config["r"] for name in layers
+    }
 
 
 def load_factors(folder: Path) -> Factors:

@@ -8,7 +8,7 @@ one concatenated low-rank product beside it: exact in both, at a cost that grows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class Past:
         self.mode = mode
         self.merge = merge
         self.stages: list[Factors] = []
+        self._scales: list[dict[str, float]] = []
         self._adapted = adapted
         self._engine = engine
         self._original: dict[str, torch.Tensor] = {}
@@ -42,11 +43,13 @@ class Past:
             for layer in adapted.layers.values():
                 layer.module.register_forward_hook(self._add_branch(layer.name))
 
-    def add(self, factors: Factors) -> float:
+    def add(self, factors: Factors, scales: Mapping[str, float] | None = None) -> float:
         """Let a finished task's factors join the forward.
 
         Args:
             factors: (A, B) of every layer, the same on every rank; kept on the CPU in fp32.
+            scales: s of every layer as the task was trained with it, which a branch to another
+                method must not change; None: that of the layers now.
 
         Returns:
             ||(W - W_0) - V|| / ||V|| over all layers: what rounding took away. 0 for `branch`.
@@ -54,6 +57,8 @@ class Past:
         Collective: yes (at ZeRO 3, in `fold` mode).
         """
         self.stages.append({k: (a.float().cpu(), b.float().cpu()) for k, (a, b) in factors.items()})
+        now = {layer.name: layer.scale for layer in self._adapted.layers.values()}
+        self._scales.append({**now, **(scales or {})})
         error = norm = 0.0
         for layer in self._adapted.layers.values():
             if self.mode == "branch":
@@ -65,7 +70,10 @@ class Past:
 
     def combined(self, layer: AdaptedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, d_in] and s B [d_out, R] whose product is V."""
-        pairs = [stage[layer.name] for stage in self.stages]
+        pairs = [
+            (stage[layer.name][0], scales[layer.name] * stage[layer.name][1])
+            for stage, scales in zip(self.stages, self._scales, strict=True)
+        ]
         device = self._engine.device
         if self.merge == "factor_sum":
             a = torch.stack([a for a, _ in pairs]).sum(0)
@@ -73,7 +81,7 @@ class Past:
         else:
             a = torch.cat([a for a, _ in pairs])
             b = torch.cat([b for _, b in pairs], dim=1)
-        return a.to(device), (layer.scale * b).to(device)
+        return a.to(device), b.to(device)
 
     def delta(self, layer: AdaptedLayer) -> torch.Tensor:
         """V [d_out, d_in] of one layer in fp32."""

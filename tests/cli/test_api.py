@@ -270,6 +270,37 @@ def test_a_branch_cannot_change_what_it_shares(stage: Stage, parent: Path) -> No
     assert not (stage.tmp_path / "new").exists()
 
 
+def put_together(parent: Path, stages: int) -> None:
+    """Let the parent's checkpoint say that so many tasks' factors joined its past."""
+    file = parent / "checkpoints" / "stage-0" / "checkpoint.json"
+    manifest = json.loads(file.read_text())
+    names = {f"stages/{i}/adapter/adapter_model.safetensors": "x" for i in range(stages)}
+    file.write_text(json.dumps({**manifest, "past": names}))
+
+
+@pytest.mark.parametrize("kind", ["joint", "per_task"])
+def test_a_branch_that_starts_over_needs_an_untrained_model(
+    stage: Stage, parent: Path, kind: str
+) -> None:
+    stage.workers(FINISH)
+    branch(parent, 0, stage.tmp_path / "new", f"method={kind}")  # nothing has joined the model
+    put_together(parent, 1)
+    with pytest.raises(ConfigError, match=f"method {kind} starts every task from the untrained"):
+        branch(parent, 0, stage.tmp_path / "other", f"method={kind}")
+    assert not (stage.tmp_path / "other").exists()
+
+
+def test_a_branch_puts_finished_tasks_together_as_they_were(stage: Stage, parent: Path) -> None:
+    stage.workers(FINISH)
+    put_together(parent, 1)  # one task is the same either way
+    summed = ("method=ewc_lora", "method.merge=factor_sum")
+    branch(parent, 0, stage.tmp_path / "new", *summed)
+    put_together(parent, 2)
+    with pytest.raises(ConfigError, match="Keep exact, branch from stage 0"):
+        branch(parent, 0, stage.tmp_path / "other", *summed)
+    branch(parent, 0, stage.tmp_path / "third", "method=ewc_lora")
+
+
 def test_a_branch_that_cannot_start_leaves_no_folder(stage: Stage, parent: Path) -> None:
     stage.workers("os._exit(report_failure(run, rank, DataError('odd')))")
     with pytest.raises(LaunchError, match="odd"):

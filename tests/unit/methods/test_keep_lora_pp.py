@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 import toys
 
 from accrete.launch.export import _write_adapter
+from accrete.pipeline.checkpoint import read_manifest
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.methods.keep_lora_pp import KeepLoraPp, KeepLoraPpConfig
 from accrete.pipeline.models.config import AdapterConfig
@@ -117,6 +118,25 @@ def test_forward_delta_is_merged_delta_is_what_the_layer_says(model):
     for name, weight in before.items():
         got = merged.get_submodule(name).weight.detach() - weight
         assert float((got - deltas[name]).norm() / deltas[name].norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["inc_lora", "keep_lora_pp"])
+def test_another_method_goes_on_from_the_same_model(tmp_path, method):
+    """As after a branch: the shared tasks keep their ramp, whatever the new method's is."""
+    runner = run(tmp_path, "llama")
+    settings = {"first_scale": 0.7} if method == "keep_lora_pp" else {}
+    parts = toys.make_parts(
+        ALONE, tmp_path, model="llama", zero=None, micro=8, method=method, settings=settings
+    )
+    other = StageRunner(parts)
+    other._load_past(read_manifest(parts.run.checkpoints / "stage-1"))
+    assert len(parts.past.stages) == 2
+    for name, layer in runner.parts.adapted.layers.items():
+        assert torch.equal(parts.adapted.layers[name].weight, layer.weight)
+    # Control: their own layers are scaled otherwise.
+    assert any(
+        parts.adapted.layers[n].scale != la.scale for n, la in runner.parts.adapted.layers.items()
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -15,6 +15,7 @@ from accrete.pipeline.models.lora import (
     AdaptedModel,
     initial_factors,
     load_factors,
+    load_scales,
     save_adapter,
 )
 from accrete.pipeline.models.past import Past, choose_mode
@@ -169,6 +170,25 @@ def test_a_saved_adapter_is_peft_s(tmp_path):
     past.add(stages[0])
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, other.module(IDS).logits)
+
+
+def half_as_strong_below(layers):
+    return {name: 0.5 for name in layers if ".0." in name}
+
+
+@pytest.mark.parametrize("mode", ["fold", "branch"])
+def test_a_task_keeps_the_scale_it_was_trained_with(mode, tmp_path):
+    """Also in a model whose own layers are scaled otherwise, as after a branch."""
+    scaled = AdaptedModel(llama(), AdapterConfig(rank=4, alpha=8), half_as_strong_below)
+    _, _, stages = build(mode)
+    save_adapter(scaled, stages[0], "base", tmp_path)
+    adapted, past, _ = build(mode)
+    past.add(load_factors(tmp_path), load_scales(tmp_path, stages[0]))
+    past.add(stages[1])
+    for name, layer in adapted.layers.items():
+        own, later = dense(adapted, stages[:1], name), dense(adapted, stages[1:2], name)
+        own *= 0.5 if ".0." in name else 1.0
+        torch.testing.assert_close(past.delta(layer).double(), own + later, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
