@@ -46,6 +46,9 @@ class Stage:
     """Gone on with in mid-task: after `on_task_start` the factors come from the checkpoint."""
     notes: dict[str, float | str] = field(default_factory=dict)
     """Numbers that a hook wants in the stage's `consolidated` event."""
+    warnings: list[str] = field(default_factory=list)
+    """What the user must hear: shown after the task's start, and after its end. The same on every
+    rank."""
 
     @property
     def name(self) -> str:

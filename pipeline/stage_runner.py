@@ -129,6 +129,7 @@ class StageRunner:
         self.engine.reset_optimizer()
         stage.restored = position is not None and position.step is not None
         method.on_task_start(stage)
+        self._warn(stage)
         start = 0
         if position is not None and position.step is not None:
             self._load_live(stage, position)
@@ -143,6 +144,7 @@ class StageRunner:
         )
         trained = time.perf_counter() - began
         self._finish(stage)
+        self._warn(stage)
         recorder.emit(
             Event.CONSOLIDATED,
             stage=index,
@@ -152,6 +154,14 @@ class StageRunner:
             state_bytes=method.state_bytes(),
             **stage.notes,
         )
+
+    def _warn(self, stage: Stage) -> None:
+        """Show what the method's hooks have to say."""
+        for message in stage.warnings:
+            self.parts.recorder.emit(
+                Event.WARNING, message=f"{stage.name}: {message}", task=stage.name
+            )
+        stage.warnings.clear()
 
     def _finish(self, stage: Stage) -> None:
         """From trained factors or weights to the checkpoint of a finished stage."""

@@ -27,6 +27,8 @@ from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.statistics import covariances, input_names, visit_gradients
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accrete.pipeline.models.lora import AdaptedLayer
     from accrete.pipeline.stage import Stage
 
@@ -130,7 +132,12 @@ class KeepLora(Method):
         if self._inputs:
             return
         self._inputs = input_names(stage)
-        self._owners = share_out(self._inputs, self._place[1])
+        shapes = {
+            name: (linear.out_features, linear.in_features)
+            for name, layer in stage.adapted.layers.items()
+            for linear in [layer.module.base_layer]
+        }
+        self._owners = share_out(self._inputs, shapes, self._place[1])
         # What was loaded is whole on every rank.
         self.memory = {key: basis for key, basis in self.memory.items() if self._mine(key)}
 
@@ -181,6 +188,7 @@ class KeepLora(Method):
             a = torch.empty(rank, columns, device=self._device) if mine is None else mine
             comm.broadcast(a, self._owners[layer.name], self._place[1])
             stage.write(layer.a, a)
+        self._warn_of_empty_rows(stage)
 
     def _basis(self, layer: str) -> torch.Tensor | None:
         """M of one of this rank's layers, fp64."""
@@ -213,7 +221,7 @@ class KeepLora(Method):
     def on_task_end(self, stage: Stage) -> None:
         """Grow the memory by what this task filled, at its final weights. Collective: yes."""
         self._plan(stage)
-        self._note_empty_rows(stage)
+        stage.notes["empty_rows"] = float(_empty_rows(stage)[0])
         if self.settings.eps_f > 0:
             features = self.settings.memory == "features"
             seen = self._features(stage) if features else self._gradients(stage)
@@ -237,18 +245,15 @@ class KeepLora(Method):
         }
         return covariances(stage, sizes, self._owners, max_rows=self.settings.feature_rows)
 
-    def _note_empty_rows(self, stage: Stage) -> None:
-        """Say it when A has rows that found no free direction. Collective: at ZeRO 3."""
-        empty = total = 0
-        for layer in stage.adapted.layers.values():
-            a = stage.read(layer.a)
-            empty, total = empty + int((a == 0).all(1).sum()), total + len(a)
-        stage.notes["empty_rows"] = float(empty)
+    def _warn_of_empty_rows(self, stage: Stage) -> None:
+        """Say it before the training when A found no free direction. Collective: at ZeRO 3."""
+        empty, total = _empty_rows(stage)
         if empty:
-            stage.notes["warning"] = (
-                f"{empty} of {total} rows of A are zero: fewer directions than the rank are left "
-                "outside the protected space, or have any gradient. Lower method.eps_w or "
-                "method.eps_f to leave more room."
+            effect = "nothing can be learned of this task" if empty == total else "less is learned"
+            stage.warnings.append(
+                f"{empty} of {total} rows of A are zero, so {effect}: fewer directions than the "
+                "rank are left outside the protected space, or have any gradient. Lower "
+                "method.eps_w or method.eps_f to leave more room."
             )
 
     # -- state --------------------------------------------------------------------------------
@@ -292,23 +297,41 @@ class KeepLora(Method):
         return sum(basis.numel() * basis.element_size() for basis in held)
 
 
-def share_out(inputs: dict[str, str], world: int) -> dict[str, int]:
+def _empty_rows(stage: Stage) -> tuple[int, int]:
+    """How many rows of all A are zero, and how many there are. Collective: at ZeRO 3."""
+    empty = total = 0
+    for layer in stage.adapted.layers.values():
+        a = stage.read(layer.a)
+        empty, total = empty + int((a == 0).all(1).sum()), total + len(a)
+    return empty, total
+
+
+def share_out(
+    inputs: dict[str, str], shapes: Mapping[str, tuple[int, int]], world: int
+) -> dict[str, int]:
     """Which rank decomposes for which layer: those that read one input are one rank's.
 
     Args:
         inputs: Layer -> name of its input.
+        shapes: Layer -> (d_out, d_in) of its weight.
         world: Ranks in all.
 
     Returns:
-        Layer -> rank; inputs with many readers go first, each to the rank with the least so far.
+        Layer -> rank; the dearest inputs go first, each to the rank with the least to do so far,
+        as the cubes of what is decomposed count it: the wide inputs of down-projections must not
+        all fall to every second rank.
     """
     readers: dict[str, list[str]] = {}
     for layer, name in inputs.items():
         readers.setdefault(name, []).append(layer)
+    costs = {
+        name: shapes[name][1] ** 3 + sum(min(shapes[layer]) ** 3 for layer in layers)
+        for name, layers in readers.items()
+    }
     load = [0] * world
     owners: dict[str, int] = {}
-    for layers in sorted(readers.values(), key=len, reverse=True):
+    for name in sorted(costs, key=costs.__getitem__, reverse=True):
         rank = load.index(min(load))
-        load[rank] += len(layers)
-        owners.update(dict.fromkeys(layers, rank))
+        load[rank] += costs[name]
+        owners.update(dict.fromkeys(readers[name], rank))
     return owners

@@ -56,10 +56,23 @@ class Watched:
         self.runner.run()
         self.parts.recorder.close()
         lines = (folder / "run" / "events.jsonl").read_text().splitlines()
-        self.notes = [e for e in map(json.loads, lines) if e["event"] == "consolidated"]
+        self.events = [json.loads(line) for line in lines]
+        self.notes = [e for e in self.events if e["event"] == "consolidated"]
+
+    def warnings_before_training(self, task):
+        """What was said between a task's start and its first step."""
+        said, stage = [], None
+        for event in self.events:
+            if event["event"] == "stage_started":
+                stage = event["stage"]
+            elif event["event"] == "step":
+                stage = None
+            elif event["event"] == "warning" and stage == task:
+                said.append(event["message"])
+        return said
 
     def key(self, name):
-        """Under which name a layer's memory is kept: features are shared by readers of one input."""
+        """Name of a layer's memory: readers of one input share that of features."""
         grown = self.method.config.memory
         return name if grown == "gradients" else self.method._inputs[name]
 

@@ -36,7 +36,6 @@ from accrete.pipeline.models.lora import AdaptedModel, initial_factors
 from accrete.pipeline.stage import row_losses
 from accrete.pipeline.stage_runner import StageRunner
 
-
 MEMORIES = [{**EPS, "memory": memory} for memory in ("features", "gradients")]
 
 

@@ -120,9 +120,18 @@ def test_rows_without_room_are_zero_and_said(tmp_path):
             zero += RANK - hosted
         empty.append(zero)
         assert run.notes[task]["empty_rows"] == zero
-        assert ("warning" in run.notes[task]) == (zero > 0)
+        said = run.warnings_before_training(task)
+        assert len(said) == (zero > 0)
+        if zero:
+            assert f": {zero} of {RANK * len(run.factors[task])} rows of A are zero" in said[0]
+            assert "Lower method.eps_w" in said[0]
     assert empty[0] < empty[-1]
-    assert "eps_w" in run.notes[-1]["warning"]
+
+
+def test_a_task_that_can_learn_nothing_is_said_before_it_trains(tmp_path):
+    run = Watched(tmp_path, "llama", settings={"eps_w": 0.6, "eps_f": 1.0}, tasks=2)
+    assert "nothing can be learned of this task" in run.warnings_before_training(1)[0]
+    assert not any(b.any() for _, b in run.factors[1].values())
 
 
 def span_at(run, task, name):
@@ -185,15 +194,32 @@ def test_a_resumed_run_finds_the_same_principal_directions(tmp_path, past):
 
 
 def test_work_is_shared_out_evenly():
-    names = {f"encoder.{i}.{x}": f"encoder.{i}.q" for i in range(3) for x in "qv"}
-    names |= {f"cross.{i}": "cross.0" for i in range(6)}
+    """LLaMA-3.2-1B with all linear layers: its wide down-projections come one in a block."""
+    inputs, shapes = {}, {}
+    for block in range(16):
+        for layer, first, shape in (
+            ("q", "q", (2048, 2048)),
+            ("k", "q", (512, 2048)),
+            ("v", "q", (512, 2048)),
+            ("o", "o", (2048, 2048)),
+            ("gate", "gate", (8192, 2048)),
+            ("up", "gate", (8192, 2048)),
+            ("down", "down", (2048, 8192)),
+        ):
+            inputs[f"{block}.{layer}"] = f"{block}.{first}"
+            shapes[f"{block}.{layer}"] = shape
     for world in (1, 2, 3, 4):
-        owners = share_out(names, world)
-        assert owners == share_out(dict(names), world)
-        for layer, name in names.items():
+        owners = share_out(inputs, shapes, world)
+        assert owners == share_out(dict(inputs), shapes, world)
+        for layer, name in inputs.items():
             assert owners[layer] == owners[name]
-        load = [list(owners.values()).count(rank) for rank in range(world)]
-        assert max(load) == max(6, -(-12 // world))
+        wide = [owners[f"{block}.down"] for block in range(16)]
+        work = [0.0] * world
+        for layer, name in inputs.items():
+            own = shapes[layer][1] ** 3 if layer == name else 0
+            work[owners[layer]] += own + min(shapes[layer]) ** 3
+        assert max(map(wide.count, range(world))) == -(-16 // world)
+        assert max(work) <= 1.15 * sum(work) / world
 
 
 def test_the_method_trains_b_alone():
