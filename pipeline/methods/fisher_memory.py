@@ -47,7 +47,7 @@ class FisherMemory(ABC):
         """Name, as "kind/layer" -> this rank's rows, fp32."""
         self._rows: dict[str, int] = {}
         self._rank, self._world, self._device = rank, world, device
-        self._mark = "pretrained_" if settings.fisher_at == "pretrained" else ""
+        self._mark = _mark(settings)
 
     def __bool__(self) -> bool:
         return bool(self.kept)
@@ -116,9 +116,9 @@ class FisherMemory(ABC):
         if other:
             raise MethodError(
                 f"ewc_lora: the checkpoint keeps {', '.join(sorted(other))}, but these settings go "
-                f"on from {', '.join(sorted(wanted))}. method.penalty, method.fisher (rank1 or "
-                "not) and method.fisher_at belong to a whole sequence: keep them, or start a new "
-                "run."
+                f"on from {', '.join(sorted(wanted))}. method.penalty, method.fisher, "
+                "method.fisher_at and method.fisher_tokens belong to a whole sequence: keep them, "
+                "or start a new run."
             )
         for key, everything in tensors.items():
             name, value = key.removeprefix(self._mark), everything
@@ -130,6 +130,16 @@ class FisherMemory(ABC):
     def state_bytes(self) -> int:
         """Bytes on this rank."""
         return sum(block.numel() * block.element_size() for block in self.kept.values())
+
+
+def _mark(settings: EwcLoraConfig) -> str:
+    """What a saved name begins with, so that no Fisher is added to one of another scale."""
+    marks = {
+        "pretrained_": settings.fisher_at == "pretrained",
+        "batch_": settings.fisher == "per_batch",
+        "mean_": settings.fisher_tokens == "mean",
+    }
+    return "".join(mark for mark, holds in marks.items() if holds)
 
 
 class DenseFisher(FisherMemory):

@@ -344,6 +344,39 @@ def test_per_batch_has_the_expected_scale(monkeypatch, batch):
     assert float(made_up(monkeypatch, x[:2000], g[:2000], batch, {}).sum() / expected.sum()) > 1.5
 
 
+@pytest.mark.parametrize("batch", [8, 21, 1])
+def test_per_batch_is_the_mean_of_squared_batch_means(monkeypatch, batch):
+    """Weighted by the rows of each batch, of which the last is shorter."""
+    x, g = draw(21)
+    gradients = torch.einsum("nto,nti->noi", g.double(), x.double())
+    expected = sum(len(part) * part.mean(0).square() for part in gradients.split(batch)) / 21
+    got = made_up(monkeypatch, x, g, batch, {"fisher": "per_batch"})
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    # Control: batches that count alike, however short, give another number.
+    parts = gradients.split(batch)
+    alike = sum(part.mean(0).square() for part in parts) / len(parts)
+    assert batch != 8 or float((alike - expected).norm() / expected.norm()) > 1e-2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_per_batch_ignores_micro_batches(model, tmp_path):
+    found = []
+    for micro in (8, 2):
+        parts = toys.make_parts(
+            ALONE,
+            tmp_path / str(micro),
+            model=model,
+            method="ewc_lora",
+            settings={"fisher": "per_batch"},
+            zero=None,
+            micro=micro,
+        )
+        parts.method.on_task_end(StageRunner(parts)._stage(0))
+        found.append(parts.method.state_dict())
+    for name, value in found[0].items():
+        assert float((found[1][name] - value).norm() / value.norm()) <= 1e-5
+
+
 # -- settings --------------------------------------------------------------------------------------
 
 
@@ -357,7 +390,14 @@ def test_ablations_that_exclude_each_other(more, said):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"penalty": "separate"}, {"fisher": "rank1"}, {"fisher_at": "pretrained"}]
+    "settings",
+    [
+        {"penalty": "separate"},
+        {"fisher": "rank1"},
+        {"fisher": "per_batch"},
+        {"fisher_at": "pretrained"},
+        {"fisher_tokens": "mean"},
+    ],
 )
 def test_state_of_another_variant_is_refused(settings, tmp_path):
     full, stage = first_stage(tmp_path / "full", {})
