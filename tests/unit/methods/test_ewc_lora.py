@@ -21,6 +21,7 @@ from accrete.pipeline.errors import MethodError
 from accrete.pipeline.methods import fisher_memory
 from accrete.pipeline.methods.ewc_lora import EwcLoraConfig
 from accrete.pipeline.methods.fisher_memory import DenseFisher
+from accrete.pipeline.models.config import AdapterConfig
 from accrete.pipeline.models.lora import AdaptedModel, initial_factors
 from accrete.pipeline.stage import aligned_logits, row_losses
 from accrete.pipeline.stage_runner import StageRunner
@@ -266,9 +267,17 @@ def test_masked_labels_leave_no_fisher(settings, model, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("targets", "layers"), [("qv", (12, 4)), ("all_linear", (36, 14))])
 @pytest.mark.parametrize("model", MODELS)
-def test_hooks_see_the_gradient_of_a_trainable_weight(model, dtype, tolerance, tmp_path):
+def test_hooks_see_the_gradient_of_a_trainable_weight(
+    model, targets, layers, dtype, tolerance, tmp_path, monkeypatch
+):
+    def attach(base, config, scales=None):
+        return AdaptedModel(base, AdapterConfig(rank=2, targets=targets), scales)
+
+    monkeypatch.setattr(toys, "AdaptedModel", attach)
     _, stage = first_stage(tmp_path, {}, model)
+    assert len(stage.adapted.layers) == layers[MODELS.index(model)]
     stage.adapted.module.to(dtype)
     seen = {name: torch.zeros_like(la.weight).double() for name, la in stage.adapted.layers.items()}
 
