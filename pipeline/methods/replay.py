@@ -17,7 +17,7 @@ from pydantic import Field
 from accrete.pipeline.data.kept import KeptRows, KeptSource
 from accrete.pipeline.data.mix import MixedRows, Reader, SharedBatches
 from accrete.pipeline.data.order import generator
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import ConfigError, MethodError
 from accrete.pipeline.methods.base import Method, MethodConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CHOICE = 5
 """Last part of the key that names the choice of rows (see `order.generator`)."""
+
+MEMORIES = ("per_task", "reservoir")
+"""Kinds of memory; a saved state has their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,8 @@ class Replay(Method):
         "rows are mixed into the epoch, not drawn beside every batch. That is the text "
         "literature's way; `share` gives the other. The mix is not sorted by length, so kept rows "
         "cost some padding. Rows are kept as token ids: a branch with another tokenizer is "
-        "impossible anyway. A branch from another method begins with an empty memory"
+        "impossible anyway. `memory`, `rows` and `fraction` belong to a whole sequence: a branch "
+        "that changes them is refused. One from another method begins with an empty memory"
     )
     fresh_adapter: ClassVar[bool] = False
 
@@ -137,7 +141,7 @@ class Replay(Method):
         return self.settings.rows if fraction is None else math.ceil(fraction * count)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The kept rows and the number of rows seen."""
+        """The kept rows, the number of rows seen, and the settings that the memory is made with."""
         if self.memory is None:
             return {}
         return {
@@ -145,12 +149,31 @@ class Replay(Method):
             "kept/lengths": self.memory.lengths,
             "kept/origin": self.memory.origin,
             "seen/rows": torch.tensor([self.seen]),
+            **self._made_with(),
         }
 
+    def _made_with(self) -> dict[str, torch.Tensor]:
+        memory = torch.tensor([MEMORIES.index(self.settings.memory)])
+        if self.settings.fraction is None:
+            return {"made/memory": memory, "made/rows": torch.tensor([self.settings.rows])}
+        fraction = torch.tensor([self.settings.fraction], dtype=torch.float64)
+        return {"made/memory": memory, "made/fraction": fraction}
+
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Inverse of `state_dict`; nothing is kept where another method made the earlier stages."""
+        """Inverse of `state_dict`; nothing is kept where another method made the earlier stages.
+
+        Raises:
+            ConfigError: The memory was made with another `memory`, `rows` or `fraction`.
+        """
         if not tensors:
             return
+        made, given = (_described(t) for t in (tensors, self._made_with()))
+        if made != given:
+            raise ConfigError(
+                f"replay: given: {given}; the rows of this run's finished stages were kept with "
+                f"{made}. Allowed: the same, as the memory belongs to a whole sequence "
+                "(method.share may change). Branch with those settings, or start a new run."
+            )
         names = ("tokens", "lengths", "origin")
         self.memory = KeptRows(*(tensors[f"kept/{name}"] for name in names))
         self.seen = int(tensors["seen/rows"])
@@ -158,6 +181,16 @@ class Replay(Method):
     def state_bytes(self) -> int:
         """Bytes of the kept token ids, their lengths and origins."""
         return 0 if self.memory is None else self.memory.num_bytes
+
+
+def _described(tensors: dict[str, torch.Tensor]) -> str:
+    """The settings that a memory is made with, as overrides."""
+    words = []
+    for name in ("memory", "rows", "fraction"):
+        if f"made/{name}" in tensors:
+            value = tensors[f"made/{name}"].item()
+            words.append(f"method.{name}={MEMORIES[int(value)] if name == 'memory' else value}")
+    return " ".join(words)
 
 
 def quota(random: np.random.Generator, size: int, count: int) -> list[int]:

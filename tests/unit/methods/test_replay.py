@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 
 import toys
 
+from accrete.pipeline.data.kept import KeptRows
 from accrete.pipeline.distributed.comm import Ranks
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import ConfigError, MethodError
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.methods.replay import Replay, ReplayConfig, quota, reservoir
 from accrete.pipeline.stage_runner import StageRunner
@@ -274,6 +275,49 @@ def test_state_goes_through_tensors_and_its_size_is_true(tmp_path):
         for name, value in state.items()
         if name.startswith("kept/")
     )
+
+
+MADE = {"rows": 4}
+OTHERS = [
+    ({"rows": 2}, "method.memory=per_task method.rows=2"),
+    ({"rows": 30}, "method.memory=per_task method.rows=30"),
+    ({"rows": 4, "memory": "reservoir"}, "method.memory=reservoir method.rows=4"),
+    ({"fraction": 0.1}, "method.memory=per_task method.fraction=0.1"),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), OTHERS)
+def test_a_memory_made_otherwise_is_refused_before_anything_is_trained(tmp_path, given, named):
+    StageRunner(make(tmp_path, **MADE, tasks=1)).run()
+    before = events(tmp_path, "step")
+    parts = make(tmp_path, **given, tasks=2)  # as a branch finds its parent's stages
+    with pytest.raises(ConfigError) as caught:
+        StageRunner(parts).run()
+    assert f"given: {named}; " in str(caught.value)
+    assert "kept with method.memory=per_task method.rows=4. Allowed: the same" in str(caught.value)
+    assert events(tmp_path, "step") == before
+    assert parts.method.memory is None
+    # Control: what the memory does not depend on may change.
+    same = make(tmp_path, **MADE, share=0.5, tasks=2)
+    StageRunner(same).run()
+    assert len(events(tmp_path, "step")) > len(before)
+    assert Counter(stage for stage, _ in kept_origins(same.method)) == {0: 4, 1: 4}
+
+
+@pytest.mark.parametrize("settings", [MADE, *(given for given, _ in OTHERS)])
+def test_a_state_knows_what_it_was_made_with(settings):
+    """Through tensors; every other setting is told from it."""
+    method = Replay(ReplayConfig(**settings))
+    method.memory = KeptRows.pack([(0, row) for row in toys.ToyRows(0, 4, 8).all])
+    state = method.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    again = Replay(ReplayConfig(**settings))
+    again.load_state_dict(state)
+    assert again.memory.unpack() == method.memory.unpack()
+    for other in (MADE, *(given for given, _ in OTHERS)):
+        if other != settings:
+            with pytest.raises(ConfigError, match="the memory belongs to a whole sequence"):
+                Replay(ReplayConfig(**other)).load_state_dict(state)
 
 
 def test_nothing_is_kept_before_the_first_task(tmp_path):
