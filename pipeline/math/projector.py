@@ -30,8 +30,12 @@ class Projector:
 
         Args:
             covariance: [d, d]; any multiple of it gives the same P.
-            share: In (0, 1]; the smallest k that reaches it is taken, at least 1.
+            share: In (0, 1]; the smallest k that reaches it is taken, at least 1. 1 is the whole
+                space, also where the covariance has fewer than d dimensions.
         """
+        if share >= 1:
+            size = covariance.shape[0]
+            return cls(size, covariance.new_empty(size, 0, dtype=torch.float32), False)
         values, vectors = eigenpairs(covariance)
         size = max(1, rank_for(values, share))
         _, keeps = cls.layout(covariance.shape[0], size)
