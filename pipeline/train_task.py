@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accrete.pipeline.methods.base import Method
 
 MAX_STEP_SUMS = 6
+"""Entries of `Method.step_sums` that a step's one vector has room for."""
 TERMS = "loss_with_terms"
 """Among a step's sums: the loss with what the method adds to it, for a check alone."""
 
@@ -70,7 +71,8 @@ def train_task(
 
     Raises:
         MethodError: The loss, with or without the method's terms, or the gradient is no longer
-            finite; raised on every rank before the weights move.
+            finite, or the method gives more sums than a step has room for; raised on every rank
+            before the weights move.
 
     Collective: yes.
     """
@@ -136,6 +138,12 @@ def _backward(
         method.before_backward(stage, last)
         engine.backward(loss, last)
     sums = method.step_sums()
+    if len(sums) > MAX_STEP_SUMS:
+        raise MethodError(
+            f"method {method.config.kind}: step_sums gives {len(sums)} sums ({', '.join(sums)}); "
+            f"allowed: at most {MAX_STEP_SUMS}. Leave some out, or write them down once a task "
+            "with stage.notes."
+        )
     for place, value in enumerate(sums.values(), start=2):
         totals[place] = value
     totals[-1] = asked
@@ -159,8 +167,14 @@ def _with_share(sums: dict[str, float]) -> dict[str, float]:
 
 def _require_finite(value: float, stage: Stage, step: int, what: str = "loss") -> None:
     if not math.isfinite(value):
+        again = (
+            f"in a branch from the last finished stage (`accrete branch RUN --from-stage "
+            f"{stage.index - 1} train.learning_rate=...`)"
+            if stage.index
+            else "in a new run"
+        )
         raise MethodError(
             f"The {what} of task {stage.name} (stage {stage.index}) is {value} at step {step + 1}; "
-            "the weights were not changed. Lower train.learning_rate (or the method's weight), set "
-            "train.max_grad_norm=1.0, and `accrete resume` from the last checkpoint."
+            "the weights were not changed. Lower train.learning_rate (or the method's weight), or "
+            f"set train.max_grad_norm=1.0, {again}; `accrete resume` would come to the same again."
         )

@@ -136,9 +136,10 @@ class Method:
         """Weights have moved; correct them with `engine.value` and `engine.write`."""
 
     def step_sums(self) -> dict[str, torch.Tensor]:
-        """Up to six scalars of the last step for its event; the loop sums them over ranks together
-        with the loss, so they cost no further collective. `penalty`, `penalty_norm` and
-        `task_norm` are known to the loop, which logs the penalty's share of the gradient.
+        """Up to six scalars of the last step for its event (more are refused); the loop sums them
+        over ranks together with the loss, so they cost no further collective. `penalty`,
+        `penalty_norm` and `task_norm` are known to the loop, which logs the penalty's share of the
+        gradient.
         """
         return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,14 +15,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import toys
 
+from accrete.launch.api import RESUMABLE
+from accrete.launch.branch import FIXED
 from accrete.pipeline.config.run import TrainConfig
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.errors import MethodError
 from accrete.pipeline.methods.base import Method
 from accrete.pipeline.methods.sequential import SequentialConfig
+from accrete.pipeline.records import read_events
 from accrete.pipeline.stage import accumulation, batch_share, row_losses
 from accrete.pipeline.stage_runner import StageRunner
-from accrete.pipeline.train_task import _require_finite, _with_share, learning_rate, seed_step
+from accrete.pipeline.train_task import (
+    MAX_STEP_SUMS,
+    _require_finite,
+    _with_share,
+    learning_rate,
+    seed_step,
+)
 
 
 def rates(steps=10, **settings):
@@ -124,8 +134,46 @@ def test_what_is_no_number_stops_the_run_before_a_weight_moves(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_broken_loss_stops_the_run_with_advice(loss):
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("stage", "advice"),
+    [
+        (0, r"in a new run;"),
+        (1, r"`accrete branch RUN --from-stage 0 train\.learning_rate=\.\.\.`"),
+        (4, r"`accrete branch RUN --from-stage 3 train\.learning_rate=\.\.\.`"),
+    ],
+)
+def test_a_broken_loss_stops_the_run_with_advice(loss, stage, advice):
+    with pytest.raises(MethodError, match=advice) as caught:
+        _require_finite(loss, SimpleNamespace(name="x", index=stage), 4)
+    # What is advised can be done: a branch takes it, a resume does not.
+    assert "train.learning_rate" in str(caught.value)
+    assert "train" not in RESUMABLE
+    assert "train" not in FIXED
 
-    with pytest.raises(MethodError, match="learning_rate"):
-        _require_finite(loss, SimpleNamespace(name="x", index=1), 4)
+
+class Counting(Method):
+    """Gives so many sums a step."""
+
+    Config = SequentialConfig
+    count: ClassVar[int]
+
+    def step_sums(self):
+        return {f"sum{number}": torch.tensor(number + 0.5) for number in range(self.count)}
+
+
+@pytest.mark.parametrize("count", [MAX_STEP_SUMS, MAX_STEP_SUMS + 1, MAX_STEP_SUMS + 2])
+def test_more_sums_than_a_step_has_room_for_are_refused(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(Counting, "count", count, raising=False)
+    monkeypatch.setattr(toys, "method_class", lambda kind: Counting)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    parts = toys.make_parts(alone, tmp_path, model="llama_short", zero=None, micro=4, rows=8)
+    if count > MAX_STEP_SUMS:
+        with pytest.raises(MethodError, match=rf"method sequential: step_sums gives {count} sums"):
+            StageRunner(parts).run()
+        return
+    StageRunner(parts).run()
+    parts.recorder.close()
+    steps = [e for e in read_events(parts.run.events) if e["event"] == "step"]
+    assert len(steps) == 2
+    for step in steps:
+        assert [step[f"sum{number}"] for number in range(count)] == [n + 0.5 for n in range(count)]
