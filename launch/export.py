@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from accrete.pipeline.errors import RunFolderError
-from accrete.pipeline.run_dir import RunDir
+from accrete.pipeline.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.lora import Factors
@@ -69,14 +69,16 @@ def _write_merged(runner: StageRunner, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    from accrete.launch.prepare import tokenizer_options
+
     model: Any = runner.parts.adapted.merged()
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    revision = runner.parts.config.model.revision
-    tokenizer = AutoTokenizer.from_pretrained(runner.parts.model_path, revision=revision)
-    tokenizer.save_pretrained(folder)
+    source = read_json(runner.parts.run.prepared).get("tokenizer_path") or runner.parts.model_path
+    options = tokenizer_options(runner.parts.config) or {}
+    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
     _require_same(folder, model)
 
 
@@ -97,8 +99,7 @@ def _write_adapter(runner: StageRunner, folder: Path) -> None:
     from accrete.pipeline.models.lora import save_adapter
 
     adapted, past = runner.parts.adapted, runner.parts.past
-    stage = runner._stage(runner.opened)
-    live = stage.factors()
+    live = runner.live.factors()
     combined: Factors = {}
     for layer in adapted.layers.values():
         a, b = live[layer.name]

@@ -47,14 +47,10 @@ def rebuild(run_dir: Path, stage: int | None, overrides: Sequence[str] = ()) -> 
             f"{max(finished)} (stages count from 0)."
         )
     config = load_recipe(run.recipe, ("engine.kind=plain", "engine.procs=1", *overrides)).config
-    device = torch.device("cuda" if _wants_gpu(config.engine.device) else "cpu")
+    # A run that was made on a GPU is looked at wherever its folder is.
+    on_gpu = config.engine.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     parts = build(run, config, Ranks(0, 1, device), record=False)
     runner = StageRunner(replace(parts, recorder=Recorder(None)))
     runner.open_stage(chosen)
     return runner
-
-
-def _wants_gpu(device: str) -> bool:
-    import torch
-
-    return device == "cuda" or (device == "auto" and torch.cuda.is_available())

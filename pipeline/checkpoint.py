@@ -180,7 +180,11 @@ def read_manifest(folder: Path, verify: bool = True) -> Manifest:
 def _check(path: Path, expected: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing.")
-    if digest(path) != expected:
+    try:
+        found = digest(path)
+    except OSError as error:  # a bad disk, a stale handle: the checkpoint before may be sound
+        raise CheckpointError(f"{path}: unreadable ({error}).") from error
+    if found != expected:
         raise CheckpointError(f"{path}: its checksum is not the one recorded; it is damaged.")
 
 
@@ -228,10 +232,15 @@ def load_each(run: Path, position: Position, stem: str) -> Iterator[tuple[str, t
             yield name, file.get_tensor(name)
 
 
-def prune_steps(run: Path, keep: int, stage_done: int | None = None) -> None:
-    """Delete old step checkpoints: all of finished stages, and all but the newest `keep`."""
+def prune_steps(run: Path, keep: int, written: Position) -> None:
+    """Delete step checkpoints that nothing goes on from.
+
+    Those of finished stages; those later than the one just written, which a run that had to go back
+    behind damage has left over; and all but the newest `keep` of the stage.
+    """
     steps = [p for p in positions(run) if p.step is not None]
-    kept = steps[-keep:] if keep else []
+    same = [p for p in steps if p.stage == written.stage and p.order <= written.order]
+    kept = same[-keep:] if written.step is not None else []
     for position in steps:
-        if position not in kept or (stage_done is not None and position.stage <= stage_done):
+        if position not in kept:
             shutil.rmtree(run / "checkpoints" / position.folder, ignore_errors=True)

@@ -21,39 +21,12 @@ if TYPE_CHECKING:
     from accrete.pipeline.models.past import Past
 
 
-@dataclass
-class Stage:
-    """One task (or, for joint training, several) being learned."""
+@dataclass(kw_only=True)
+class Live:
+    """What is trained, whole and by name, however it is sharded."""
 
-    index: int
-    """Stage number from 0."""
-    task: TaskHandle
-    """The task that is new at this stage."""
-    config: RunConfig
     engine: Engine
     adapted: AdaptedModel
-    past: Past
-    facts: ModelFacts
-    collator: Collator
-    rows: TrainRows
-    rows_of: Callable[[int], TrainRows]
-    """Training rows of any task of the sequence, by its number."""
-    steps: int
-    """Optimizer steps of this stage."""
-    step: int = 0
-    """The step being made, from 0."""
-    restored: bool = False
-    """Gone on with in mid-task: after `on_task_start` the factors come from the checkpoint."""
-    notes: dict[str, float | str] = field(default_factory=dict)
-    """Numbers that a hook wants in the stage's `consolidated` event."""
-    warnings: list[str] = field(default_factory=list)
-    """What the user must hear: shown after the task's start, and after its end. The same on every
-    rank."""
-
-    @property
-    def name(self) -> str:
-        """The task's name."""
-        return self.task.name
 
     def factors(self) -> Factors:
         """The live (A, B) of every layer, whole, fp32. Collective: yes."""
@@ -88,6 +61,39 @@ class Stage:
             a, b = factors[layer.name]
             self.write(layer.a, a)
             self.write(layer.b, b)
+
+
+@dataclass(kw_only=True)
+class Stage(Live):
+    """One task (or, for joint training, several) being learned."""
+
+    index: int
+    """Stage number from 0."""
+    task: TaskHandle
+    """The task that is new at this stage."""
+    config: RunConfig
+    past: Past
+    facts: ModelFacts
+    collator: Collator
+    rows: TrainRows
+    rows_of: Callable[[int], TrainRows]
+    """Training rows of any task of the sequence, by its number."""
+    steps: int
+    """Optimizer steps of this stage."""
+    step: int = 0
+    """The step being made, from 0."""
+    restored: bool = False
+    """Gone on with in mid-task: after `on_task_start` the factors come from the checkpoint."""
+    notes: dict[str, float | str] = field(default_factory=dict)
+    """Numbers that a hook wants in the stage's `consolidated` event."""
+    warnings: list[str] = field(default_factory=list)
+    """What the user must hear: shown after the task's start, and after its end. The same on every
+    rank."""
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
 
     def global_batch(self, step: int) -> list[EncodedRow]:
         """The rows of one step, in order, the same on every rank."""

@@ -28,7 +28,7 @@ from accrete.pipeline.models.lora import (
 from accrete.pipeline.parts import Parts, Scores
 from accrete.pipeline.records import Event
 from accrete.pipeline.scorebook import Scorebook
-from accrete.pipeline.stage import Stage
+from accrete.pipeline.stage import Live, Stage
 from accrete.pipeline.train_task import train_task
 from accrete.pipeline.view import LiveModel
 
@@ -51,6 +51,7 @@ class StageRunner:
         self.config = parts.config
         self.engine = parts.engine
         self.chief = parts.engine.rank == 0
+        self.live = Live(engine=parts.engine, adapted=parts.adapted)
         self._past: list[Path] = []
         self.carried = False
         """Whether the live factors hold something that goes on."""
@@ -256,11 +257,7 @@ class StageRunner:
                 live=self.carried and position.step is None,
                 fence=self.parts.fence,
             )
-            checkpoint.prune_steps(
-                run.path,
-                self.config.checkpoint.keep,
-                stage.index if position.step is None else None,
-            )
+            checkpoint.prune_steps(run.path, self.config.checkpoint.keep, position)
             self.parts.recorder.emit(
                 Event.CHECKPOINT,
                 stage=position.stage,
@@ -275,7 +272,7 @@ class StageRunner:
         if self.chief:
             state[key] = value.cpu()
 
-    def _load_live(self, stage: Stage, position: Position) -> None:
+    def _load_live(self, live: Live, position: Position) -> None:
         """Put a checkpoint's parameters and moments back. Collective: yes."""
         manifest = checkpoint.read_manifest(
             self.parts.run.checkpoints / position.folder, verify=False
@@ -283,7 +280,7 @@ class StageRunner:
         for key, value in checkpoint.load_each(self.parts.run.path, position, "state"):
             kind, _, name = key.partition("/")
             if kind == LIVE:
-                stage.write(name, value)
+                live.write(name, value)
             else:
                 self.engine.write_moment(name, kind, value.to(self.engine.device))
         if position.step is not None:
@@ -348,7 +345,7 @@ class StageRunner:
         method.load_state_dict(checkpoint.load(run.path, boundary, "method"))
         self.carried = manifest.live
         if manifest.live:
-            self._load_live(self._stage(index), boundary)
+            self._load_live(self.live, boundary)
 
     def _barrier(self) -> None:
         """No rank runs ahead of rank 0's writing."""
@@ -365,11 +362,15 @@ def _require_consistent(method: Method) -> None:
 
 
 def planned_steps(config: RunConfig, index: int, steps_per_epoch: int) -> int:
-    """Optimizer steps of the task at `index`: its own limit, the recipe's, or its epochs."""
-    task = config.tasks[index]
+    """Optimizer steps of the task at `index`: its own number, the recipe's, or its epochs.
+
+    A task's own epochs end at the recipe's number of steps.
+    """
+    task, limit = config.tasks[index], config.train.max_steps
     if task.max_steps is not None:
         return task.max_steps
-    if task.epochs is None and config.train.max_steps is not None:
-        return config.train.max_steps
+    if task.epochs is None and limit is not None:
+        return limit
     epochs = task.epochs if task.epochs is not None else config.train.epochs
-    return max(1, math.ceil(epochs * steps_per_epoch))
+    steps = max(1, math.ceil(epochs * steps_per_epoch))
+    return steps if limit is None else min(steps, limit)

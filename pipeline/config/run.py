@@ -26,7 +26,8 @@ class TrainConfig:
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over a task's rows."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps per task; overrides `epochs`."""
+    """Optimizer steps per task; overrides `epochs`. A task with `epochs` of its own ends there at
+    the latest."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD without momentum."""
     betas: tuple[float, float] = (0.9, 0.999)

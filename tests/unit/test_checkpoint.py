@@ -115,11 +115,47 @@ def test_pruning_keeps_the_newest_steps_and_all_boundaries(tmp_path):
     write(tmp_path, Position(stage=0))
     for step in (2, 4, 6, 8):
         write(tmp_path, Position(stage=1, step=step))
-    checkpoint.prune_steps(tmp_path, keep=2)
+    checkpoint.prune_steps(tmp_path, keep=2, written=Position(stage=1, step=8))
     assert [p.folder for p in checkpoint.positions(tmp_path)] == [
         "stage-0",
         "stage-1-step-6",
         "stage-1-step-8",
     ]
-    checkpoint.prune_steps(tmp_path, keep=2, stage_done=1)
+    checkpoint.prune_steps(tmp_path, keep=2, written=Position(stage=1))
     assert [p.folder for p in checkpoint.positions(tmp_path)] == ["stage-0"]
+
+
+def test_pruning_behind_damage_keeps_what_was_just_written(tmp_path):
+    """The steps after it are those of a life whose boundary was lost."""
+    for stage, step in ((0, None), (1, None), (2, 200), (2, 400)):
+        write(tmp_path, Position(stage=stage, step=step))
+    damage = tmp_path / "checkpoints" / "stage-1" / "state.safetensors"
+    damage.write_bytes(damage.read_bytes()[:-1] + b"x")
+    assert checkpoint.newest(tmp_path)[0].position == Position(stage=0)
+    for step in (200, 400, 600):
+        written = Position(stage=1, step=step)
+        write(tmp_path, written)
+        checkpoint.prune_steps(tmp_path, keep=2, written=written)
+        assert checkpoint.newest(tmp_path)[0].position == written
+    assert [p.folder for p in checkpoint.positions(tmp_path)] == [
+        "stage-0",
+        "stage-1-step-400",
+        "stage-1-step-600",
+        "stage-1",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    for stage in (0, 1):
+        write(tmp_path, Position(stage=stage))
+    digest = checkpoint.digest
+
+    def failing(path):
+        if "stage-1" in str(path):
+            raise OSError(5, "Input/output error")
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint, "digest", failing)
+    found, problems = checkpoint.newest(tmp_path)
+    assert found.position == Position(stage=0)
+    assert "Input/output error" in problems[0]

@@ -72,6 +72,13 @@ def test_epochs_steps_and_tokens() -> None:
     assert (first.scored_rows, second.scored_rows) == (5, 12)
 
 
+@pytest.mark.parametrize(("limit", "steps"), [(None, 6), (4, 4), (9, 6)])
+def test_a_task_s_own_epochs_end_at_the_recipe_s_steps(limit: int | None, steps: int) -> None:
+    train = TrainConfig(global_batch_size=8, max_steps=limit)
+    run = config(train, replace(A, epochs=2), transfer=False)
+    assert plan_stages(run, prepared(handle("a", 20, 5)))[0].steps == steps
+
+
 @pytest.mark.parametrize(
     ("max_steps", "rows"), [(1, 8), (2, 16), (3, 20), (4, 28), (6, 40), (7, 48)]
 )
