@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FIXED = ("model", "adapter", "data", "seed")
 """What the shared stages were made with; a branch cannot change it."""
+SCORED = ("mode", "decode_misses")
+"""What of `eval` the shared stages' scores depend on, which stand in one matrix with the new."""
 
 
 def branch_recipe(parent: RunDir, stage: int, overrides: Sequence[str]) -> LoadedRecipe:
@@ -47,13 +49,15 @@ def require_branchable(parent: RunDir, stage: int, new: LoadedRecipe) -> None:
     old = load_recipe(parent.recipe)
     before, after = old.resolved(), new.resolved()
     changed = [key for key in FIXED if before[key] != after[key]]
+    changed += [f"eval.{key}" for key in SCORED if before["eval"][key] != after["eval"][key]]
     if before["tasks"][: stage + 1] != after["tasks"][: stage + 1]:
         changed.append("tasks")
     if changed:
         raise ConfigError(
             f"A branch of {parent.path} after stage {stage} shares what came before, so it cannot "
-            f"change {', '.join(changed)}. Allowed: method.*, train.*, engine.*, eval.*, log.*, "
-            "checkpoint.* and later tasks. For the rest start a new run."
+            f"change {', '.join(changed)}. Allowed: method.*, train.*, engine.*, log.*, "
+            "checkpoint.*, eval.batch_tokens, eval.forward_transfer and later tasks. For the rest "
+            "start a new run (`accrete score` scores a stage in another way)."
         )
     _require_same_kind(old.config.method.kind, new.config.method.kind)
     _require_same_past(parent, read_json(manifest), old.config.method, new.config.method)

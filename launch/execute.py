@@ -13,6 +13,8 @@ from accrete.pipeline.fence import Fence
 from accrete.pipeline.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from accrete.pipeline.config.run import RunConfig
@@ -47,22 +49,19 @@ def execute(
     run.require_run()
     config = load_recipe(run.recipe, overrides).config
     ranks = comm.start(config.engine.device, config.engine.timeout_s)
-    begun = run.events.exists()
-    try:
-        fence = Fence(run.owner, token)
-        fence.check()
-        parts = build(run, config, ranks, fence=fence)
-        parts.stop = stop or parts.stop
-        from accrete.pipeline.stage_runner import StageRunner
+    fence = Fence(run.owner, token)
+    fence.check()
+    parts = build(run, config, ranks, fence=fence)
+    parts.stop = stop or parts.stop
+    from accrete.pipeline.stage_runner import StageRunner
 
-        with parts.recorder:
-            if not begun:
-                announce(parts)
-            StageRunner(parts).run()
-        if ranks.rank == 0 and run.launch.is_dir():
-            mark_finished(run)
-    finally:
-        comm.stop()
+    with parts.recorder:
+        announce(parts)
+        StageRunner(parts).run()
+    if ranks.rank == 0 and run.launch.is_dir():
+        mark_finished(run)
+    # Not after an error: NCCL's farewell waits for the other ranks, who may wait for this one.
+    comm.stop()
 
 
 def build(
@@ -79,7 +78,7 @@ def build(
     from transformers import AutoTokenizer
 
     from accrete.eval.evaluator import SequenceEvaluator
-    from accrete.launch.prepare import tokenizer_options
+    from accrete.launch.prepare import hub_revision, tokenizer_options
     from accrete.pipeline.data.collate import Collator
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
@@ -107,7 +106,7 @@ def build(
     adapted = (
         FullModel(base, method.weights)
         if method.trains == "weights"
-        else AdaptedModel(base, config.adapter, method.layer_scales)
+        else AdaptedModel(base, config.adapter, method.layer_scales, hub_revision(config))
     )
     engine = build_engine(config, ranks, adapted, method)
     mode = choose_mode(config.adapter.past, base_dtype(model, origin))
@@ -143,11 +142,18 @@ def began_on(run: RunDir, here: torch.device) -> torch.device:
     """The device of the run's first start, where `auto` settings were decided for all its lives."""
     import torch
 
-    from accrete.pipeline.records import Event, read_events
+    from accrete.pipeline.records import Event
 
-    events = read_events(run.events) if run.events.exists() else iter(())
+    events = events_so_far(run)
     started = next((event for event in events if event["event"] == Event.RUN_STARTED), {})
     return torch.device(started.get("device", here))
+
+
+def events_so_far(run: RunDir) -> Iterator[dict[str, Any]]:
+    """The events of a run; none before its first."""
+    from accrete.pipeline.records import read_events
+
+    return read_events(run.events) if run.events.exists() else iter(())
 
 
 def build_engine(config: RunConfig, ranks: Ranks, adapted: AdaptedModel, method: Any) -> Engine:
@@ -201,7 +207,7 @@ def open_recorder(
 
 
 def announce(parts: Parts) -> None:
-    """The first event of a run: what is going to happen."""
+    """Say what is going to happen, once: a resumed run has said it, a branch its parent's plan."""
     from accrete.launch.forecast.methods import epoch_rows
     from accrete.pipeline.records import Event
     from accrete.pipeline.stage_runner import planned_steps
@@ -222,6 +228,9 @@ def announce(parts: Parts) -> None:
                 "tokens": round(train.mean_prompt_tokens + train.mean_answer_tokens, 2),
             }
         )
+    said = [e for e in events_so_far(parts.run) if e["event"] == Event.RUN_STARTED][-1:]
+    if said and (said[0]["plan"], said[0]["method"]) == (plan, config.method.kind):
+        return
     parts.recorder.emit(
         Event.RUN_STARTED,
         name=config.name,

@@ -123,8 +123,11 @@ def is_seq2seq(model_path: str, revision: str | None) -> bool:
 
 def tokenizer_options(config: RunConfig) -> dict[str, str] | None:
     """The hub revision, where the tokenizer comes from the model's own hub repository."""
-    model = config.model
-    own = model.tokenizer is None and model.revision is not None
-    if own and model.path is not None and not Path(model.path).expanduser().exists():
-        return {"revision": str(model.revision)}
-    return None
+    revision = hub_revision(config)
+    return None if revision is None or config.model.tokenizer else {"revision": revision}
+
+
+def hub_revision(config: RunConfig) -> str | None:
+    """The model's revision, where it comes from the hub and the recipe names one."""
+    path = config.model.path
+    return None if path is None or Path(path).expanduser().exists() else config.model.revision

@@ -67,6 +67,7 @@ class AdaptedModel:
         base: nn.Module,
         config: AdapterConfig,
         layer_scales: Callable[[list[str]], dict[str, float]] | None = None,
+        revision: str | None = None,
     ) -> None:
         """Attach the adapter.
 
@@ -75,9 +76,10 @@ class AdaptedModel:
             config: Rank, scale and targets.
             layer_scales: From the adapted layers' names, in the model's order, to what each one's
                 scale is multiplied by; layers left out keep theirs. See `Method.layer_scales`.
+            revision: The base's revision on the hub, for who loads a saved adapter.
 
         Raises:
-            ModelError: The targets fit no layer.
+            ModelError: The targets fit no layer, or one whose weight is used elsewhere too.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -88,6 +90,7 @@ class AdaptedModel:
             lora_dropout=config.dropout,
             target_modules=targets,
             bias="none",
+            revision=revision,
             task_type="SEQ_2_SEQ_LM" if _config_of(base).is_encoder_decoder else "CAUSAL_LM",
         )
         try:
@@ -99,6 +102,7 @@ class AdaptedModel:
             ) from error
         self.base = base
         self.layers = _find_layers(self.module)
+        _require_own_weights(self.module, self.layers)
         if layer_scales is not None:
             self._scale_layers(layer_scales(list(self.layers)), config)
 
@@ -174,6 +178,21 @@ def _find_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
                 raise ModelError(f"Layer {short} is no nn.Linear; leave it out of adapter.targets.")
             layers[short] = AdaptedLayer(short, candidate, float(candidate.scaling[ADAPTER]))
     return layers
+
+
+def _require_own_weights(module: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    """No adapted weight may be used elsewhere, where its update would come in as well."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.removeprefix(PREFIX))
+    for layer in layers.values():
+        shared = [name for name in names[id(layer.weight)] if not name.startswith(f"{layer.name}.")]
+        if shared:
+            raise ModelError(
+                f"adapter.targets: {layer.name} shares its weight with {', '.join(shared)} (tied "
+                "embeddings), which an update of this layer alone would change as well. Leave it "
+                "out of adapter.targets."
+            )
 
 
 def initial_factors(adapted: AdaptedModel, seed: int, stage: int) -> Factors:

@@ -262,6 +262,9 @@ def test_a_branch_shares_what_came_before(stage: Stage, parent: Path) -> None:
 def test_a_branch_cannot_change_what_it_shares(stage: Stage, parent: Path) -> None:
     with pytest.raises(ConfigError, match="seed"):
         branch(parent, 0, stage.tmp_path / "new", "seed=5")
+    for setting in ("eval.mode=generate", "eval.decode_misses=true"):
+        with pytest.raises(ConfigError, match=f"cannot change {setting.partition('=')[0]}"):
+            branch(parent, 0, stage.tmp_path / "new", setting)
     with pytest.raises(RunFolderError, match="stage 1 is not finished"):
         branch(parent, 1, stage.tmp_path / "new")
     stage.fingerprint = "other"

@@ -183,6 +183,9 @@ def test_branch_shares_the_beginning(whole, accrete, accrete_here, tmp_path):
     )
     assert steps(folder)[:24] == steps(whole)[:24]
     assert len(steps(folder)) == 24 + 6
+    # It says its own plan, after the parent's.
+    plans = [[t["steps"] for t in e["plan"]] for e in events(folder, "run_started")]
+    assert plans == [[24, 24, 24], [3, 3, 3]]
     first = json.loads((folder / "matrix.json").read_text())["matrix"][0]
     assert first == json.loads((whole / "matrix.json").read_text())["matrix"][0]
     assert steps(folder)[24][3] == steps(whole)[24][3]  # B = 0: no penalty in the first step yet
