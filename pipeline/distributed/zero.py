@@ -379,6 +379,8 @@ def _prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[s
     plugin = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(
         deepspeed_plugin=plugin,
+        # Or ACCELERATE_MIXED_PRECISION of the environment would train the factors in bf16.
+        mixed_precision="no",
         gradient_accumulation_steps=config["gradient_accumulation_steps"],
     )
     engine, _ = accelerator.prepare(module, optimizer)

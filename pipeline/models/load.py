@@ -13,7 +13,22 @@ from torch import nn
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.config import ModelConfig
 
-DROPOUTS = ("dropout_rate", "dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
+DROPOUTS = (
+    "dropout_rate",
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "activation_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "emb_pdrop",
+    "attn_pdrop",
+    "resid_dropout",
+    "embed_dropout",
+)
+"""What model families call the dropout that `model.dropout` sets."""
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Whole blocks left out at random: never here, as ranks would leave out different ones."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,9 @@ def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn
         for name in DROPOUTS:
             if isinstance(getattr(settings, name, None), (int, float)):
                 setattr(settings, name, config.dropout)
+        for name in LAYER_DROPS:
+            if hasattr(settings, name):
+                setattr(settings, name, 0.0)
         family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
         attention = config.attention if _has_sdpa(settings) else "eager"
         model = family.from_pretrained(
@@ -98,12 +116,20 @@ def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path {path} could not be loaded: {error}") from error
     model.requires_grad_(False)
-    model.config.use_cache = False
+    keep_no_cache(model)
     _silence_generation_defaults(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module: nn.Module = model
     return module
+
+
+def keep_no_cache(model: nn.Module) -> None:
+    """No keys and values are kept where nothing is decoded; a T5's decoder has its own config."""
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
 def _has_sdpa(settings: Any) -> bool:

@@ -47,6 +47,7 @@ def fork(rank: int, out: Path, device: str) -> int:
 def be_rank(rank: int, out: Path, device: str) -> None:
     """Run the cases and end the process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # of somebody's shell: to no effect
     os.fsync = lambda descriptor: None  # nothing here has to outlive the machine
     log = os.open(out / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)

@@ -9,10 +9,18 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from accrete.pipeline.data.collate import Collator
@@ -105,6 +113,70 @@ def test_dropout_is_set_as_asked(tmp_path):
     next(models()).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path), dropout=0.25)
     assert load_base(tmp_path, config, CPU).config.attention_dropout == 0.25
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("family", ["gpt2", "phi", "m2m100"])
+def test_dropout_by_any_name(tmp_path, family, dropout):
+    """GPT-2's and Phi's own names for it, and M2M100's blocks that are left out at random."""
+    sizes = {"vocab_size": 30, "num_hidden_layers": 2, "num_attention_heads": 2}
+    made = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes, n_embd=16)),
+        "phi": lambda: PhiForCausalLM(
+            PhiConfig(
+                **sizes, hidden_size=16, intermediate_size=32, resid_pdrop=0.1, embd_pdrop=0.1
+            )
+        ),
+        "m2m100": lambda: M2M100ForConditionalGeneration(
+            M2M100Config(
+                vocab_size=30,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                encoder_layerdrop=0.5,
+            )
+        ),
+    }[family]()
+    made.save_pretrained(tmp_path)
+    base = load_base(tmp_path, ModelConfig(path=str(tmp_path), dropout=dropout), CPU).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if family == "m2m100" else {})}
+    found = [base(**inputs).logits for _ in range(8)]
+    assert all(torch.equal(found[0], other) for other in found[1:]) is (dropout == 0.0)
+
+
+def test_no_part_keeps_keys_and_values(tmp_path):
+    """Least of all a T5's decoder, which has a config of its own."""
+    made = T5ForConditionalGeneration(
+        T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+    made.config.decoder_start_token_id = 0
+    made.save_pretrained(tmp_path)
+    base = load_base(tmp_path, ModelConfig(path=str(tmp_path)), CPU)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert base(input_ids=ids, decoder_input_ids=ids).past_key_values is None
+        assert made(input_ids=ids, decoder_input_ids=ids).past_key_values is not None
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_an_output_head_that_is_the_embedding_cannot_be_adapted(tmp_path):
+    """Merged into it, an update of the head would move every input as well."""
+    config = Qwen2Config(**SMALL, num_key_value_heads=1, intermediate_size=32)
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        base = Qwen2ForCausalLM(config)
+        assert AdaptedModel(base, AdapterConfig(targets=["q_proj", "v_proj"])).layers
+        wanted = AdapterConfig(targets=["q_proj", "lm_head"])
+        if tied:
+            with pytest.raises(ModelError, match=r"lm_head shares its weight with .*embed_tokens"):
+                AdaptedModel(Qwen2ForCausalLM(config), wanted)
+        else:
+            assert "lm_head" in AdaptedModel(Qwen2ForCausalLM(config), wanted).layers
 
 
 def test_precision():
