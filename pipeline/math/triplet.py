@@ -20,6 +20,7 @@ def triplet_losses(
     candidate_classes: torch.Tensor,
     old: torch.Tensor | None,
     margin: float,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """max(0, d(hardest positive) - d(hardest negative) + margin) of every anchor.
 
@@ -31,6 +32,9 @@ def triplet_losses(
         candidate_classes: [n]; -1 marks padding, which is nobody's positive or negative.
         old: [p, d] prototypes of earlier classes, unit length: negatives of every anchor. Or None.
         margin: Wanted difference of the two distances.
+        groups: Group numbers of the anchors [b] and of the candidates [n]: an anchor has the
+            candidates of its own group alone. None: all of them are one group. `old` is in every
+            group.
 
     Returns:
         [b]; 0 for an anchor without any negative.
@@ -45,6 +49,10 @@ def triplet_losses(
         candidate_classes = torch.cat([candidate_classes, foreign])
     same = classes[:, None] == candidate_classes
     other = ~same & (candidate_classes != -1)
+    if groups is not None:
+        own = groups[0][:, None] == groups[1]
+        own = torch.nn.functional.pad(own, (0, same.shape[1] - own.shape[1]), value=True)
+        same, other = same & own, other & own
     with torch.no_grad():
         # Exact differences: products would lose small distances to cancellation.
         distances = torch.cdist(anchors, candidates, compute_mode="donot_use_mm_for_euclid_dist")

@@ -28,11 +28,12 @@ from accrete.pipeline.math.triplet import triplet_losses, unit
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.methods.prototypes import Prototypes, last_features
 from accrete.pipeline.models.features import BlockFeatures
-from accrete.pipeline.stage import batch_share
+from accrete.pipeline.stage import accumulation, batch_share
 from accrete.pipeline.statistics import covariances, input_names
 
 if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
+    from accrete.pipeline.data.encode import EncodedRow
     from accrete.pipeline.models.lora import AdaptedLayer
     from accrete.pipeline.stage import Stage
 
@@ -49,7 +50,8 @@ class LoraSubtractionConfig(MethodConfig):
     """Share of the features' squared length (the trace of their covariance) that the space holds;
     1 is no restriction."""
     feature_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its space is found from; default: all training rows."""
+    """Rows of a task that its space is found from, evenly spread over the first epoch's order;
+    default: all training rows."""
     b_mode: Literal["none", "output_cov", "reference"] | None = None
     """Which updates of B are kept: all; those in the principal space of the layer's own outputs
     under W_0 - V; or, as the reference code does, those in the space of its *inputs* (square layers
@@ -63,7 +65,7 @@ class LoraSubtractionConfig(MethodConfig):
     """Wanted difference between the distances to another and to the own class, of at most 2."""
     ncm: bool = False
     """Note after every task how many percent of its training rows lie nearest to their own class's
-    prototype among those of all tasks (`ncm_accuracy`); one pass, nothing generated."""
+    prototype among those of all tasks (`ncm_accuracy`); a pass more, nothing generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class LoraSubtraction(Method):
         "thrown away"
     )
     cost: ClassVar[str] = (
-        "one projection of all A a step, one or two forward passes a task. A step: 4 r d min(k, "
+        "one projection of all A a step, up to three forward passes a task. A step: 4 r d min(k, "
         "d-k) per distinct input: 1 ms of 2.9 s (0.03 %) at 2,048 tokens on four LLaMA-like "
         "layers of width 768, one CPU core. No added collective at ZeRO 0 to 2; nor at ZeRO 3, "
         "but that a factor above 1e5 elements (DeepSpeed's threshold) is gathered once a step. "
@@ -100,24 +102,26 @@ class LoraSubtraction(Method):
         "distances. A task's start: one forward pass over its rows (or `feature_rows`) and one "
         "eigendecomposition per distinct input, shared out over the ranks; all covariances [d, d] "
         "lie in memory at once for that time. Its end: with the triplet loss or `ncm`, one "
-        "forward pass"
+        "forward pass; with `ncm` a second. Features are added up by class, not kept"
     )
     guarantee: ClassVar[str] = (
         "delta W P = delta W after every step, whatever Adam and weight decay do. To 1e-5, fp32, "
         "in `mode: projected`; a gradient projected before Adam leaks more than 5 %. Without "
         "earlier tasks: plain LoRA to the bit, but for the triplet loss. W_0 - V is used without "
-        "touching a weight. The triplet loss does not depend on how many ranks share a "
-        "micro-batch"
+        "touching a weight. The triplet loss does not depend on the number of ranks, as long as "
+        "`global_batch_size` is a multiple of `micro_batch_size` x ranks, or no more than that"
     )
     deviations: ClassVar[str] = (
         "A starts in the space, P is idempotent, B is free; answers are generated. The reference "
         "starts A anywhere, divides by the root of k and projects B on the space of the inputs "
         "(`mode: reference`). Padding is left out of the covariance. Classes are (task, answer). "
-        "Candidates of the triplet loss carry no gradient and come from all ranks' rows of one "
-        "micro-batch, so the loss depends on `global_batch_size / accumulation`. Nearest class "
-        "means are only a diagnostic: `ncm` looks at training rows of the finished task alone, "
-        "among the classes of all tasks so far, and says nothing about older tasks. B starts at "
-        "zero also in reference mode (there: sparse noise of 0.01)"
+        "Candidates of the triplet loss carry no gradient. They are the rows of the anchor's "
+        "block of the global batch, of as many rows as a micro-batch has in one process: the loss "
+        "depends on `micro_batch_size`. Where a micro-batch over all ranks ends within a block "
+        "(never where the guarantee holds), they are the block's rows in that micro-batch. Nearest "
+        "class means are only a diagnostic: `ncm` looks at training rows of the finished task "
+        "alone, among the classes of all tasks so far, and says nothing about older tasks. B "
+        "starts at zero also in reference mode (there: sparse noise of 0.01)"
     )
 
     def __init__(self, config: LoraSubtractionConfig) -> None:
@@ -150,6 +154,10 @@ class LoraSubtraction(Method):
         return self.settings.mode == "reference" if chosen is None else chosen == "inv_sqrt_k"
 
     # -- the space ----------------------------------------------------------------------------
+
+    def on_sequence_start(self, stage: Stage) -> None:
+        """See before any training that a pass can tell rows apart. Collective: at ZeRO 3."""
+        input_names(stage)
 
     def on_task_start(self, stage: Stage) -> None:
         """Find this task's space, move A into it, watch the last block. Collective: yes."""
@@ -262,24 +270,16 @@ class LoraSubtraction(Method):
     ) -> dict[str, torch.Tensor]:
         """The mean over the step's rows of the triplet loss. Collective: yes.
 
-        Candidates are the rows that all ranks hold in this micro-batch: global_batch_size /
-        accumulation of them, a block of the global batch, however many ranks share it.
+        Candidates are the rows of the anchor's own block (see `block_rows`) that any rank holds in
+        this micro-batch.
         """
         if self._features is None:
             return {}
         anchors = unit(last_features(self._features, batch))
         rows, engine = stage.global_batch(stage.step), stage.engine
-        share = batch_share(stage.config.train.global_batch_size, engine.world)
-        size = -(-share // engine.accumulation)
-        part = slice(self._micro * size, (self._micro + 1) * size)
+        classes, blocks = (part.to(engine.device) for part in _places(stage, rows, self._micro))
         self._micro += 1
-        numbers: dict[tuple[int, ...], int] = {}
-        classes = torch.full((engine.world, size), -1)
-        for rank in range(engine.world):
-            for place, row in enumerate(rows[rank :: engine.world][part]):
-                classes[rank, place] = numbers.setdefault(tuple(row.answer), len(numbers))
-        classes = classes.to(engine.device)
-        sent = anchors.new_zeros(size, anchors.shape[1])
+        sent = anchors.new_zeros(classes.shape[1], anchors.shape[1])
         sent[: batch.real_rows] = anchors.detach()
         losses = triplet_losses(
             anchors,
@@ -288,6 +288,7 @@ class LoraSubtraction(Method):
             classes.flatten(),
             self._directions,
             self.settings.margin,
+            (blocks[engine.rank, : batch.real_rows], blocks.flatten()),
         )
         mean = losses.sum() / len(rows)
         before = 0.0 if self._value is None else self._value
@@ -330,6 +331,34 @@ class LoraSubtraction(Method):
         self._features = self._directions = self._value = None
         self._old.clear()
         self.rules = []
+
+
+def block_rows(batch: int, micro_batch: int) -> int:
+    """Rows of a micro-batch if one rank had the whole global batch.
+
+    The blocks of so many rows that a global batch divides into are the same for any number of
+    ranks. A micro-batch over all ranks is a run of rows, too. It is a whole number of blocks for
+    one rank, and wherever `batch` is a multiple of `micro_batch` x ranks or no more than that;
+    otherwise it can end within a block.
+
+    Args:
+        batch: train.global_batch_size.
+        micro_batch: train.micro_batch_size.
+    """
+    return -(-batch_share(batch, 1) // accumulation(batch, micro_batch, 1))
+
+
+def _places(stage: Stage, rows: list[EncodedRow], micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class (-1: no row) and block of every rank's places in a micro-batch, both [world, size]."""
+    train, world = stage.config.train, stage.engine.world
+    size = -(-batch_share(train.global_batch_size, world) // stage.engine.accumulation)
+    # Rank r has every world-th row of the global batch, from row r on.
+    own = torch.arange(micro * size, (micro + 1) * size)
+    positions = own * world + torch.arange(world)[:, None]
+    numbers: dict[tuple[int, ...], int] = {}
+    classes = [numbers.setdefault(tuple(row.answer), len(numbers)) for row in rows]
+    present = torch.tensor([*classes, -1])[positions.clamp(max=len(rows))]
+    return present, positions // block_rows(train.global_batch_size, train.micro_batch_size)
 
 
 def _send(stage: Stage, found: Projector | None, dimension: int, owner: int) -> Projector:

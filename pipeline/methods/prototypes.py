@@ -6,6 +6,7 @@ of another. Prototypes are kept as they were: nothing refreshes them when the mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,38 +43,51 @@ class Prototypes:
     def add(self, stage: Stage, features: BlockFeatures, score: bool = False) -> float | None:
         """Learn the classes of a task from one pass over its training rows, in evaluation mode.
 
+        Features are added up batch by batch: what is held does not grow with the rows.
+
         Args:
             stage: The stage, still with its live factors.
             features: Watches the last block.
             score: Also tell how many percent of these rows lie nearest to their own class's
-                prototype, among the prototypes of all tasks so far.
+                prototype, among the prototypes of all tasks so far; a second pass.
 
         Returns:
             That percentage, or None.
 
         Collective: yes.
         """
-        pooled, classes, answers = _visit(stage, features)
-        device = stage.engine.device
-        sums = torch.zeros(len(answers), pooled.shape[1] + 1, device=device)
-        sums.index_add_(0, classes, _with_ones(pooled))
+        numbers: dict[Answer, int] = {}
+        sums = torch.zeros(0, 0, device=stage.engine.device)
+
+        def add_up(pooled: torch.Tensor, classes: torch.Tensor) -> None:
+            nonlocal sums
+            x = _with_ones(pooled)
+            sums = _grown(sums, len(numbers), x.shape[1]).index_add_(0, classes, x)
+
+        _visit(stage, features, numbers, add_up)
         sum_over_ranks(sums, stage.engine.world)
         self.means[stage.name] = sums[:, :-1] / sums[:, -1:]
-        width = max(len(answer) for answer in answers)
-        filled = [[*answer, *[IGNORED] * (width - len(answer))] for answer in answers]
+        width = max(len(answer) for answer in numbers)
+        filled = [[*answer, *[IGNORED] * (width - len(answer))] for answer in numbers]
         self.answers[stage.name] = torch.tensor(filled, dtype=torch.long)
-        if not score:
-            return None
+        return self._score(stage, features, numbers) if score else None
+
+    def _score(self, stage: Stage, features: BlockFeatures, numbers: dict[Answer, int]) -> float:
+        """Percent of the rows whose nearest prototype is that of their class. Collective: yes."""
         everyone = self.directions()
         assert everyone is not None
-        first = everyone.shape[0] - len(answers)
-        # At unit length the nearest is the one with the largest product.
-        nearest = (unit(pooled) @ everyone.T).argmax(1) - first
-        counts = torch.tensor(
-            [float((nearest == classes).sum()), float(len(classes))], device=device
-        )
-        sum_over_ranks(counts, stage.engine.world)
-        return 100.0 * float(counts[0]) / float(counts[1])
+        first = everyone.shape[0] - len(numbers)
+        hits = torch.zeros(2, dtype=torch.float64, device=stage.engine.device)
+
+        def count(pooled: torch.Tensor, classes: torch.Tensor) -> None:
+            # At unit length the nearest is the one with the largest product.
+            nearest = (unit(pooled) @ everyone.T).argmax(1) - first
+            hits[0] += (nearest == classes).sum()
+            hits[1] += len(classes)
+
+        _visit(stage, features, numbers, count)
+        sum_over_ranks(hits, stage.engine.world)
+        return 100.0 * float(hits[0]) / float(hits[1])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """By name, in the order of the tasks."""
@@ -103,13 +117,32 @@ def _with_ones(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
 
 
+def _grown(sums: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns]: a smaller matrix with zeros below, or an empty one's successor."""
+    if sums.shape == (rows, columns):
+        return sums
+    result = sums.new_zeros(rows, columns)
+    result[: sums.shape[0], : sums.shape[1]] = sums
+    return result
+
+
 def _visit(
-    stage: Stage, features: BlockFeatures
-) -> tuple[torch.Tensor, torch.Tensor, list[Answer]]:
-    """This rank's features [n, d], their classes [n], and the answer of every class of the task."""
-    numbers: dict[Answer, int] = {}
-    pooled: list[torch.Tensor] = []
-    mine: list[int] = []
+    stage: Stage,
+    features: BlockFeatures,
+    numbers: dict[Answer, int],
+    see: Callable[[torch.Tensor, torch.Tensor], None],
+) -> None:
+    """One forward pass over the stage's rows, in evaluation mode.
+
+    Args:
+        stage: The stage.
+        features: Watches the last block.
+        numbers: Answer -> class; answers that are not in it yet are added, the same on every rank.
+        see: Gets of each of this rank's batches the features [b, d] and the classes [b]; b may be
+            0. By then `numbers` has all of them.
+
+    Collective: at ZeRO 3.
+    """
     module = stage.engine.module
     was_training = module.training
     module.eval()
@@ -121,10 +154,9 @@ def _visit(
                 numbers.setdefault(tuple(row.answer), len(numbers))
             for batch in stage.micro_batches(rows):
                 stage.logits(batch, through_engine=False)
-                pooled.append(last_features(features, batch))
-                for labels in batch.labels[: batch.real_rows].tolist():
-                    mine.append(numbers[tuple(t for t in labels if t != IGNORED)])
+                answers = batch.labels[: batch.real_rows].tolist()
+                mine = [numbers[tuple(t for t in labels if t != IGNORED)] for labels in answers]
+                classes = torch.tensor(mine, dtype=torch.long, device=stage.engine.device)
+                see(last_features(features, batch), classes)
             seen, step = seen + len(rows), step + 1
     module.train(was_training)
-    device = stage.engine.device
-    return torch.cat(pooled), torch.tensor(mine, device=device, dtype=torch.long), list(numbers)

@@ -26,6 +26,16 @@ def brute_force(anchors, classes, candidates, candidate_classes, old, margin):
     return np.array(losses)
 
 
+def grouped(anchors, classes, candidates, candidate_classes, old, margin, groups):
+    """[b] as of one group after another, each without the others' candidates."""
+    losses = np.zeros(len(anchors))
+    for group in set(groups[0].tolist()):
+        mine, theirs = groups[0] == group, groups[1] == group
+        own = (candidates[theirs], candidate_classes[theirs])
+        losses[mine.numpy()] = brute_force(anchors[mine], classes[mine], *own, old, margin)
+    return losses
+
+
 def make(seed, rows=9, dimension=6, kinds=3, padding=2):
     generator = torch.Generator().manual_seed(seed)
     features = unit(torch.randn(rows, dimension, generator=generator, dtype=torch.float64))
@@ -55,6 +65,32 @@ def test_losses_are_those_of_the_definition(seed, with_old, margin):
         margin,
     )
     assert np.abs(single.double().numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_anchor_has_the_candidates_of_its_own_group(seed, with_old):
+    features, classes, old = make(seed, rows=14, kinds=2)
+    old = old if with_old else None
+    real = classes >= 0
+    numbers = torch.randint(0, 3, (14,), generator=torch.Generator().manual_seed(seed)) * 5
+    groups = (numbers[real], numbers)
+    given = (features[real], classes[real], features, classes, old, 0.7)
+    got = triplet_losses(*given, groups)
+    assert np.abs(got.numpy() - grouped(*given, groups)).max() < 1e-12
+    # One group of all is what there is without groups, to the bit; control: several are not.
+    one = (torch.full_like(groups[0], 4), torch.full_like(numbers, 4))
+    assert torch.equal(triplet_losses(*given, one), triplet_losses(*given))
+    assert (got - triplet_losses(*given)).abs().max() > 1e-2
+
+
+def test_a_group_of_one_row_has_the_old_prototypes_alone():
+    features, classes, old = make(2, padding=0)
+    alone = torch.arange(len(features))
+    got = triplet_losses(features, classes, features, classes, old, 2.0, (alone, alone))
+    nearest = torch.cdist(features, old).min(1).values
+    assert torch.allclose(got, (2.0 - nearest).clamp(min=0), atol=1e-12)
+    assert not triplet_losses(features, classes, features, classes, None, 2.0, (alone, alone)).any()
 
 
 def test_gradient_is_that_of_finite_differences():

@@ -24,6 +24,7 @@ from subtraction_case import (
     watched,
 )
 
+from accrete.pipeline.methods.lora_subtraction import LoraSubtraction
 from accrete.pipeline.models.lora import initial_factors
 
 
@@ -118,14 +119,35 @@ def test_projecting_the_gradient_before_adam_leaks(tmp_path):
     assert np.mean(leaks) > 0.05
 
 
-@pytest.mark.parametrize("closed", [None, 3])
-def test_without_earlier_tasks_it_is_plain_lora(tmp_path, closed):
-    own = run(parts_of(tmp_path / "a", settings={"triplet": 0.0}, closed=closed))
-    inc = run(parts_of(tmp_path / "b", method="inc_lora", closed=closed))
+@pytest.mark.parametrize("model", MODELS)
+def test_without_earlier_tasks_it_is_plain_lora(tmp_path, model):
+    own = run(parts_of(tmp_path / "a", model, {"triplet": 0.0}))
+    inc = run(parts_of(tmp_path / "b", model, method="inc_lora"))
     for name, (a, b) in inc[0].items():
         assert torch.equal(own[0][name][0], a)
         assert torch.equal(own[0][name][1], b)
     assert not torch.equal(own[1][name][0], inc[1][name][0])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_is_projected_in_the_first_task(tmp_path, monkeypatch, model):
+    """With the triplet loss on, where the factors are not those of plain LoRA."""
+    settings = {"triplet": 0.5}
+    whole = run(parts_of(tmp_path / "a", model, settings, closed=3, tasks=1))
+    inc = run(parts_of(tmp_path / "b", model, method="inc_lora", closed=3, tasks=1))
+
+    def refuse(method, stage):
+        raise AssertionError(f"a space is looked for in task {stage.index}")
+
+    monkeypatch.setattr(LoraSubtraction, "_find_rules", refuse)
+    blind = run(parts_of(tmp_path / "c", model, settings, closed=3, tasks=1))
+    for name, pair in whole[0].items():
+        for mine, theirs in zip(pair, blind[0][name], strict=True):
+            assert torch.equal(mine, theirs)
+        assert not torch.equal(pair[1], inc[0][name][1])
+    # Control: the second task looks for one.
+    with pytest.raises(AssertionError, match="in task 1"):
+        run(parts_of(tmp_path / "d", model, settings, closed=3, tasks=2))
 
 
 def test_whole_energy_is_plain_lora(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from subtraction_case import (
 from toys import ToyRows, base_model
 
 from accrete.pipeline.errors import MethodError
+from accrete.pipeline.methods import prototypes
 from accrete.pipeline.methods.lora_subtraction import LoraSubtraction, LoraSubtractionConfig
 from accrete.pipeline.models.lora import initial_factors
 from accrete.pipeline.stage_runner import StageRunner
@@ -227,6 +230,56 @@ def test_nearest_class_mean(tmp_path, model):
         assert noted[index] == pytest.approx(100 * hits / 21, abs=1e-9)
         assert hits > 0
     assert "triplet" not in events(parts, "step")[0]
+
+
+@pytest.mark.parametrize("ncm", [False, True])
+def test_features_are_added_up_batch_by_batch(tmp_path, monkeypatch, ncm):
+    """One pass for the prototypes and one for `ncm`; no batch's features outlive the next."""
+    seen: list[weakref.ref] = []
+    most = 0
+    real = prototypes.last_features
+
+    def watch(features, batch):
+        nonlocal most
+        found = real(features, batch)
+        seen.append(weakref.ref(found))
+        most = max(most, sum(ref() is not None for ref in seen))
+        return found
+
+    monkeypatch.setattr(prototypes, "last_features", watch)
+    parts = parts_of(tmp_path, settings={"triplet": 0.0, "ncm": ncm}, closed=3, tasks=1)
+    if not ncm:  # prototypes alone
+        parts.method.settings = dataclasses.replace(parts.method.settings, triplet=1e-30)
+    run(parts)
+    assert len(seen) == 3 * (1 + ncm)
+    assert most <= 2
+
+
+def test_a_class_that_comes_late_has_a_prototype(tmp_path, monkeypatch):
+    """Sums grow with the classes found; the means are those of all features at once."""
+    parts = parts_of(tmp_path, settings={"triplet": 0.1}, closed=3, tasks=1, micro=2)
+    rows = ToyRows(0, 21, 8, 3)
+    late = [7, 7, 7, 1]
+    rows.all[-1] = dataclasses.replace(rows.all[-1], answer=late)
+    parts.open_rows = lambda task, index: rows
+    kept: list[tuple[tuple[int, ...], torch.Tensor]] = []
+    real = prototypes.last_features
+
+    def keep(features, batch):
+        found = real(features, batch)
+        for labels, feature in zip(batch.labels[: batch.real_rows].tolist(), found, strict=True):
+            kept.append((tuple(t for t in labels if t >= 0), feature.clone()))
+        return found
+
+    monkeypatch.setattr(prototypes, "last_features", keep)
+    run(parts)
+    means, answers = parts.method.prototypes.means["one"], parts.method.prototypes.answers["one"]
+    assert answers[-1].tolist()[:4] == late
+    assert means.shape[0] == 4
+    for mean, answer in zip(means, answers.tolist(), strict=True):
+        own = [f for known, f in kept if known == tuple(t for t in answer if t >= 0)]
+        expected = torch.stack(own).double().mean(0)
+        assert float((mean - expected).abs().max()) < 1e-6 * float(expected.abs().max())
 
 
 def test_state_comes_back(tmp_path):
