@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from accrete.pipeline.distributed.comm import gather_rows, in_parts, reduce_rows, row_block
-from accrete.pipeline.errors import DistributedError
+from accrete.pipeline.errors import ConfigError, DistributedError
 from accrete.pipeline.math.fisher import BLOCK_ELEMENTS
 from accrete.pipeline.math.fisher_variants import diagonal_penalty
 from accrete.pipeline.methods.base import Method, MethodConfig
@@ -46,7 +46,7 @@ class EwcConfig(MethodConfig):
     fisher_tokens: Literal["sum", "mean"] = "sum"
     """A row's loss is summed over its label tokens (its log-likelihood) or averaged."""
     fisher_rows: Annotated[int, Field(ge=1)] | None = 256
-    """Rows of a task that its Fisher is estimated on, the first ones of the first epoch's order;
+    """Rows of a task that its Fisher is estimated on, evenly spread over the first epoch's order;
     null: all training rows. Each costs a backward pass of its own."""
 
 
@@ -69,10 +69,10 @@ class Ewc(Method):
         "whole by every rank meanwhile; one reduction"
     )
     guarantee: ClassVar[str] = (
-        "none hard; the penalty is exact. On quadratic losses with exact F and lambda = gamma = 1 "
-        "the weights are the joint optimum after every task (1e-10). R and its gradient are 0 "
-        "when a task starts. lambda = 0 is `full` to the bit. F does not depend on batch, order "
-        "or ranks"
+        "none hard; the penalty is exact. With `anchor: latest` R and its gradient are 0 when a "
+        "task starts, and on quadratic losses with exact F and lambda = gamma = 1 the weights are "
+        "the joint optimum after every task (1e-10); `every` has both no further than the second "
+        "task. lambda = 0 is `full` to the bit. F does not depend on batch, order or ranks"
     )
     deviations: ClassVar[str] = (
         "F per sequence, one penalty around the latest weights. TreeLoRA's code sums squared "
@@ -204,10 +204,16 @@ class Ewc(Method):
 
     # -- state --------------------------------------------------------------------------------
 
+    @property
+    def _kinds(self) -> tuple[str, str]:
+        """What F and w* are called in a checkpoint: nothing is added to what means another."""
+        mean, every = self.settings.fisher_tokens == "mean", self.settings.anchor == "every"
+        return "fisher_mean" if mean else "fisher", "anchor_every" if every else "anchor"
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """F and w* of every weight, whole, on rank 0. Collective: yes."""
         tensors: dict[str, torch.Tensor] = {}
-        for kind, blocks in (("fisher", self.fisher), ("anchor", self.anchors)):
+        for kind, blocks in zip(self._kinds, (self.fisher, self.anchors), strict=True):
             for name, block in blocks.items():
                 shape = self._shapes[name]
                 whole = gather_rows(block, shape[0] if shape else 1, *self._place)
@@ -216,12 +222,23 @@ class Ewc(Method):
         return tensors
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep this rank's rows."""
+        """Keep this rank's rows.
+
+        Raises:
+            ConfigError: They were saved with other settings.
+        """
+        other = {key.partition("/")[0] for key in tensors} - set(self._kinds)
+        if other:
+            raise ConfigError(
+                f"ewc: the checkpoint keeps {', '.join(sorted(other))}, but these settings go on "
+                f"from {' and '.join(self._kinds)}. method.fisher_tokens and method.anchor belong "
+                "to a whole sequence: keep them, or start a new run."
+            )
         for key, whole in tensors.items():
             kind, _, name = key.partition("/")
             self._shapes[name] = whole.shape
             block = row_block(_rows(whole).shape[0], *self._place)
-            kept = self.fisher if kind == "fisher" else self.anchors
+            kept = self.fisher if kind == self._kinds[0] else self.anchors
             kept[name] = _rows(whole)[block].to(self._device, copy=True)
 
     def state_bytes(self) -> int:

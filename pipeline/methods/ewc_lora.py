@@ -28,6 +28,7 @@ from accrete.pipeline.methods.fisher_memory import (
     Rank1Fisher,
 )
 from accrete.pipeline.methods.gradient_hooks import GradientHooks
+from accrete.pipeline.statistics import input_names
 
 if TYPE_CHECKING:
     from accrete.pipeline.stage import Stage
@@ -58,7 +59,8 @@ class EwcLoraConfig(MethodConfig):
     fisher_tokens: Literal["sum", "mean"] = "sum"
     """A row's loss is summed over its label tokens (its log-likelihood) or averaged."""
     fisher_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its Fisher is estimated on; default: all training rows."""
+    """Rows of a task that its Fisher is estimated on, evenly spread over the first epoch's order;
+    default: all training rows."""
     merge: Literal["exact", "factor_sum"] = "exact"
     """`factor_sum` adds up A and B apart, as the reference code does; it is not what the paper
     says and changes the model at every merge."""
@@ -143,6 +145,11 @@ class EwcLora(Method):
         return self.settings.merge
 
     # -- the penalty --------------------------------------------------------------------------
+
+    def on_sequence_start(self, stage: Stage) -> None:
+        """See before any training that a pass can tell rows apart. Collective: at ZeRO 3."""
+        if self.memory is not None:
+            input_names(stage)
 
     def on_task_start(self, stage: Stage) -> None:
         """Hook the factors' gradients, from the second task on. Collective: yes."""

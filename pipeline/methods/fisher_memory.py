@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from accrete.pipeline.distributed.comm import gather_rows, reduce_rows, row_block, sum_over_ranks
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.math.fisher import add_gradients, add_squared_gradients, penalty
 from accrete.pipeline.math.fisher_variants import (
     add_factor_squares,
@@ -109,12 +109,12 @@ class FisherMemory(ABC):
         """Keep this rank's rows.
 
         Raises:
-            MethodError: They were saved with other settings.
+            ConfigError: They were saved with other settings.
         """
         wanted = {f"{self._mark}{kind}" for kind in self.kinds}
         other = {name.partition("/")[0] for name in tensors} - wanted
         if other:
-            raise MethodError(
+            raise ConfigError(
                 f"ewc_lora: the checkpoint keeps {', '.join(sorted(other))}, but these settings go "
                 f"on from {', '.join(sorted(wanted))}. method.penalty, method.fisher, "
                 "method.fisher_at and method.fisher_tokens belong to a whole sequence: keep them, "

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 
 from accrete.pipeline.distributed.comm import broadcast_any, owners_of
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import MethodError, ModelError
 from accrete.pipeline.math.subspace import grow_basis, residual
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.models.full import full_layers
@@ -43,7 +43,8 @@ class GpmConfig(MethodConfig):
     """Share of the squared length of a task's inputs that the memory holds when the task ends.
     More protects more and leaves less room for later tasks."""
     rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its inputs are measured on; default: all training rows."""
+    """Rows of a task that its inputs are measured on, evenly spread over the first epoch's order;
+    default: all training rows."""
     project: Literal["update", "gradient"] = "update"
     """`update`: after the optimizer, which holds the guarantee. `gradient`: before it, as the
     reference code does; right for plain SGD without weight decay only, as Adam's division leads
@@ -111,9 +112,21 @@ class Gpm(Method):
     # -- a task -------------------------------------------------------------------------------
 
     def on_task_start(self, stage: Stage) -> None:
-        """Find out who reads what, and what W M is to stay. Collective: at ZeRO 3."""
+        """Find out who reads what, and what W M is to stay.
+
+        Raises:
+            ModelError: There are no linear layers, whose inputs could be protected.
+            MethodError: Two of them share a weight, or see inputs that `input_names` does not know.
+
+        Collective: at ZeRO 3.
+        """
         self._forget_task()
         layers = full_layers(stage.adapted)
+        if not layers:  # with `others: trained` there is something to train all the same
+            raise ModelError(
+                f"{type(stage.adapted.base).__name__} has no nn.Linear layers besides its output "
+                "head; gpm protects the inputs of those alone. Choose another method."
+            )
         if len({layer.parameter for layer in layers}) < len(layers):
             raise MethodError(
                 "gpm: some linear layers of this model share one weight; accrete keeps one input "

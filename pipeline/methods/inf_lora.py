@@ -48,7 +48,8 @@ class InfLoraConfig(MethodConfig):
     first_fill: Literal["reached", "one_fewer"] = "reached"
     """The first task's share is reached, or missed by one direction, as in the reference code."""
     rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its inputs are measured on; default: all training rows."""
+    """Rows of a task that its inputs are measured on, evenly spread over the first epoch's order;
+    default: all training rows."""
 
 
 class InfLora(Method):

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from accrete.pipeline.distributed import comm
-from accrete.pipeline.errors import CheckpointError
+from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.math.fisher import add_gradients
 from accrete.pipeline.math.row_space import join_bases, residual_rows, row_basis
 from accrete.pipeline.math.subspace import grow_basis
@@ -52,12 +52,13 @@ class KeepLoraConfig(MethodConfig):
     or its `gradients`, one per layer, as the reference's code for language models does. Gradients
     span less and protect less."""
     gradient_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its gradients are averaged over; default: all. (The reference: 10 to 20 %
-    of them.)"""
+    """Rows of a task that its gradients are averaged over, evenly spread over the first epoch's
+    order; default: all. (The reference: 10 to 20 % of them.)"""
     gradient_tokens: Literal["sum", "mean"] = "sum"
     """A row's loss is summed over its label tokens, as in training, or averaged."""
     feature_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a task that its features are taken from; default: all."""
+    """Rows of a task that its features are taken from, evenly spread over the first epoch's order;
+    default: all."""
 
 
 class KeepLora(Method):
@@ -278,15 +279,15 @@ class KeepLora(Method):
         """Take the whole memory; what is other ranks' goes when a task starts.
 
         Raises:
-            CheckpointError: It was made with another `method.memory`.
+            ConfigError: It was made with another `method.memory`.
         """
         self.memory.clear()
         for key, basis in tensors.items():
             _, made, name = key.split("/", 2)
             if made != self.settings.memory:
-                raise CheckpointError(
+                raise ConfigError(
                     f"method.memory: given: {self.settings.memory}; this run's checkpoints were "
-                    f"made with {made}. Resume with that, or start a new run."
+                    f"made with {made}. Branch with that, or start a new run."
                 )
             if not self._owners or self._mine(name):
                 self.memory[name] = basis.cpu()

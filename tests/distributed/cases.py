@@ -222,6 +222,7 @@ def fisher(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
         }
     )
     before = {name: parts.engine.value(name) for name in parts.engine.parameters}
+    calls = checkpoint_calls(parts.adapted.base)
     parts.method.on_task_start(stage)
     parts.method.on_task_end(stage)
     unchanged = all(torch.equal(parts.engine.value(k), v) for k, v in before.items())
@@ -236,7 +237,23 @@ def fisher(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
         "whole_bytes": whole,
         "unchanged": unchanged,
         "stray_gradients": len(gradients),
+        "checkpoints": len(calls),
     }
+
+
+def checkpoint_calls(base: Any) -> list[int]:
+    """Grows by one with every block that is checkpointed from now on."""
+    calls: list[int] = []
+    for block in base.modules():
+        original = getattr(block, "_gradient_checkpointing_func", None)
+        if original is not None:
+
+            def call(*arguments: Any, original: Any = original) -> Any:
+                calls.append(1)
+                return original(*arguments)
+
+            block._gradient_checkpointing_func = call
+    return calls
 
 
 def reset(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:

@@ -6,8 +6,18 @@ import os
 import re
 
 from harness import Case
+from method_settings import SETTINGS
 from plan_base import BATCH, CUT, METHODS, MODELS, STAGES, counted, micro
-from plan_methods import dropouts, method_resumes, method_traffics, methods, pooled
+from plan_methods import (
+    IN_PIECES,
+    TASKS,
+    TOYS,
+    dropouts,
+    method_resumes,
+    method_traffics,
+    methods,
+    pooled,
+)
 
 
 def equivalence(world: int) -> list[Case]:
@@ -164,15 +174,39 @@ def resumes(world: int, pairs: list[tuple[int, int]]) -> list[Case]:
 
 
 CLIPPED = {"model": "llama", "train": {"max_grad_norm": 0.05}, **METHODS["ewc_lora"]}
-HALF = {"model": "llama", "dtype": "bf16", "past": "branch", **METHODS["ewc_lora"]}
+HALF = {"dtype": "bf16", "past": "branch", **METHODS["ewc_lora"]}
 
 
 def precisions() -> list[Case]:
     """Clipping, and a frozen base in bf16 with fp32 factors, at every stage of ZeRO."""
+    llama = {**HALF, "model": "llama"}
+    shards = [(name, zero) for name in ("clipped", "half-llama") for zero in STAGES]
+    given = {"clipped": CLIPPED, "half-llama": llama, "half-t5": {**HALF, "model": "t5"}}
     return [
-        Case(f"{name}-zero{zero}", "sequence", {**params, "zero": zero, "micro": 4})
-        for name, params in (("clipped", CLIPPED), ("half", HALF))
-        for zero in STAGES
+        Case(f"{name}-zero{zero}", "sequence", {**given[name], "zero": zero, "micro": 4})
+        for name, zero in [*shards, ("half-t5", 2), ("half-t5", 3)]
+    ]
+
+
+def checkpointed() -> list[Case]:
+    """Gradient checkpointing in steps and in passes: by batches, and row by row in pieces."""
+    given = {"micro": 4, "checkpointing": True}
+    fisher = {**given, **METHODS["ewc_lora"]}
+    rows = {**given, **TASKS, **SETTINGS["ewc"]}
+    return [
+        Case("checkpointed-llama-zero2", "sequence", {"model": "llama", "zero": 2, **fisher}),
+        Case("checkpointed-t5-zero3", "sequence", {"model": "t5", "zero": 3, **fisher}),
+        *[
+            Case(
+                f"fisher-{model}-checkpointed-zero3", "fisher", {"model": model, "zero": 3, **given}
+            )
+            for model in MODELS
+        ],
+        Case(
+            "checkpointed-ewc-zero3",
+            "sequence",
+            {"model": TOYS["t5"], "zero": 3, **IN_PIECES, **rows},
+        ),
     ]
 
 
@@ -232,13 +266,20 @@ WORLDS: dict[int, list[Case]] = {
         ],
         *strengths((None,), 4),
         Case("clipped-plain", "sequence", {**CLIPPED, "zero": None, "micro": 8}),
-        Case("half-plain", "sequence", {**HALF, "zero": None, "micro": 8}),
+        *[
+            Case(
+                f"half-{model}-plain",
+                "sequence",
+                {**HALF, "model": model, "zero": None, "micro": 8},
+            )
+            for model in MODELS
+        ],
         *scorings((None,)),
         *consolidations((None,)),
         *consolidations((None,), "llama_short"),
         Case("rows-5", "rows", {"count": 5}),
         *methods(1),
-        *pooled(1, None),
+        *pooled(None),
     ],
     2: [
         *hook_reality(),
@@ -269,12 +310,13 @@ WORLDS: dict[int, list[Case]] = {
             "sequence",
             {"model": "t5", "zero": 3, "micro": 4, "past": "branch", **METHODS["ewc_lora"]},
         ),
+        *checkpointed(),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2),
         *method_resumes(),
         *dropouts(),
         *method_traffics(),
-        *pooled(2, 2),
+        *pooled(2),
     ],
     4: [
         *equivalence(4),
@@ -282,6 +324,7 @@ WORLDS: dict[int, list[Case]] = {
         *resumes(4, [(2, 2), (2, 3)]),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (3, 7, 8)],
         *methods(4),
+        *pooled(2),
     ],
 }
 if ONLY := os.environ.get("ACCRETE_TEST_CASES"):  # while working on one of them

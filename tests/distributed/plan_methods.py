@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness import Case
 from method_settings import FOUR, QUIET, SETTINGS
-from plan_base import BATCH, MODELS, STAGES, counted, micro
+from plan_base import BATCH, MODELS, STAGES, counted
 
 from accrete.pipeline.methods.registry import METHODS as METHOD_KINDS
 
@@ -16,6 +16,10 @@ IN_PIECES = {"whole_below": 0, "most_live": 16_000}
 elements; by default small parameters stay whole and toys are gathered once, as on the LLaMA."""
 STEPS, CUT = 2, 1
 """Steps of a task; step of the second task after which a run is cut."""
+TRIPLET = "lora_subtraction_triplet"
+MICRO = {TRIPLET: 4}
+"""Kinds that look at several rows together -> rows of a micro-batch, for any number of ranks: one
+takes two in a step, two and four take one. The others take one whatever the number of ranks."""
 
 
 def shards(kind: str, world: int) -> list[tuple[str, int | None]]:
@@ -44,7 +48,7 @@ def methods(world: int) -> list[Case]:
             {
                 "model": TOYS[model],
                 "zero": zero,
-                "micro": BATCH // world,
+                "micro": MICRO.get(kind, BATCH // world),
                 **TASKS,
                 **(IN_PIECES if (world, model, zero) == (2, "t5", 3) else {}),
                 **SETTINGS[kind],
@@ -56,7 +60,7 @@ def methods(world: int) -> list[Case]:
 
 
 WHOLE_WEIGHTS = ("full", "ewc", "gpm")
-PARTITIONED = ("lora_subtraction_outputs", "lora_subtraction_triplet", "sr2_lora_uncached")
+PARTITIONED = ("lora_subtraction_outputs", TRIPLET, "sr2_lora_uncached")
 """Variants that run on the T5 at ZeRO 3 as well, as every method does: they read other weights than
 the factors or look at trained ones in a step."""
 FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
@@ -71,7 +75,7 @@ def method_traffics() -> list[Case]:
             "traffic",
             {**counted(zero), **SETTINGS[kind]},
         )
-        for kind in (*QUIET, "lora_subtraction_triplet", *WHOLE_WEIGHTS)
+        for kind in (*QUIET, TRIPLET, *WHOLE_WEIGHTS)
         for zero in STAGES
     ]
 
@@ -95,11 +99,10 @@ def dropouts() -> list[Case]:
     ]
 
 
-def pooled(world: int, zero: int | None) -> list[Case]:
-    """Two micro-batches a step, of the same rows over all ranks."""
-    kind = "lora_subtraction_triplet"
-    params = {"zero": zero, "micro": micro(world, 2), **TASKS, **SETTINGS[kind]}
-    return [Case(f"methodpooled-{kind}", "sequence", {"model": TOYS["t5"], **params})]
+def pooled(zero: int | None) -> list[Case]:
+    """Blocks of two rows: one process takes four micro-batches a step, two take two, four one."""
+    params = {"zero": zero, "micro": 2, **TASKS, **SETTINGS[TRIPLET]}
+    return [Case(f"methodpooled-{TRIPLET}", "sequence", {"model": TOYS["t5"], **params})]
 
 
 def resumed_model(kind: str) -> str:

@@ -221,6 +221,7 @@ def test_fisher_equals_autograd_on_a_trainable_weight(launches, oracle, world, n
     for result in results:
         assert result["unchanged"]
         assert result["stray_gradients"] == 0
+        assert (result["checkpoints"] > 0) is ("checkpointed" in name)
     # Each rank holds 1/N of it, up to a row per layer.
     sizes = [result["bytes"] for result in results]
     whole = results[0]["whole_bytes"]
@@ -316,6 +317,13 @@ def test_branch_equals_fold(launches, model):
 def test_gradient_checkpointing_changes_nothing(launches, model):
     plain = launches(1).result(f"ewc_lora-{model}-plain")[0]
     assert_same_run(launches(1).result(f"checkpointed-{model}-plain")[0], plain)
+    zero = 3 if model == "t5" else 2
+    assert_same_run(launches(2).result(f"checkpointed-{model}-zero{zero}")[0], plain)
+
+
+def test_gradient_checkpointing_changes_no_row_of_a_partitioned_model(launches):
+    plain = launches(1).result("method-ewc-t5-zeroNone")[0]
+    assert_same_run(launches(2).result("checkpointed-ewc-zero3")[0], plain)
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -327,15 +335,20 @@ def test_clipping_is_the_same_at_every_stage(launches, zero):
     assert relative(by_kind(plain)["0", "B"], by_kind(free)["0", "B"]) > 1e-2
 
 
-@pytest.mark.parametrize("zero", STAGES)
-def test_bf16_base_with_fp32_factors(launches, zero):
-    """bf16 rounds differently with the batch's shape, hence 1e-3; what is trained stays fp32."""
-    got = launches(2).result(f"half-zero{zero}")[0]
-    plain = launches(1).result("half-plain")[0]
+@pytest.mark.parametrize(
+    ("model", "zero"), [*(("llama", zero) for zero in STAGES), ("t5", 2), ("t5", 3)]
+)
+def test_bf16_base_with_fp32_factors(launches, model, zero):
+    """bf16 rounds differently with the batch's shape, hence 1e-3; what is trained stays fp32.
+
+    One process differs from itself by 4e-2 in the toy T5's last B, with micro-batches of one row.
+    """
+    got = launches(2).result(f"half-{model}-zero{zero}")[0]
+    plain = launches(1).result(f"half-{model}-plain")[0]
     assert got["dtypes"] == plain["dtypes"] == ["torch.float32"]
     for a, b in zip(got["losses"], plain["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-3)
-    assert_same(by_kind(got), by_kind(plain), 1e-2)
+    assert_same(by_kind(got), by_kind(plain), 4e-2 if (model, zero) == ("t5", 3) else 1e-2)
     # Factors use more than the 8 bits of bf16's mantissa.
     value = by_kind(got)["1", "B"]
     assert not torch.equal(value, value.bfloat16().float())

@@ -142,6 +142,11 @@ class ToyRows:
         return self.all[start : start + self.global_batch][rank::world]
 
 
+def spread(rows: list[EncodedRow], count: int) -> list[EncodedRow]:
+    """The middle row of each of `count` equal stretches: what a pass with a limit measures."""
+    return [rows[int((i + 0.5) * len(rows) / count)] for i in range(count)]
+
+
 def make_config(method: Any, **changes: Any) -> RunConfig:
     train = {"learning_rate": 1e-2, "global_batch_size": 8, "weight_decay": 0.01, "eps": EPS}
     train.update(changes.pop("train", {}))

@@ -81,7 +81,7 @@ def test_covariances_are_those_of_the_rows_one_by_one(make_stage, model, rows):
     stage = make_stage(model)
     found, count = covariances(stage, max_rows=rows)
     assert count == (rows or stage.rows.num_rows)
-    expected = captured(stage, stage.rows.all[:count])
+    expected = captured(stage, toys.spread(stage.rows.all, count))
     names = input_names(stage)
     assert set(found) == set(names.values())
     assert set(names) == set(expected)

@@ -21,7 +21,7 @@ from accrete.pipeline.data.encode import EncodedRow
 from accrete.pipeline.distributed.comm import Ranks, row_block
 from accrete.pipeline.distributed.engine import OptimizerSettings
 from accrete.pipeline.distributed.plain import PlainEngine
-from accrete.pipeline.errors import DistributedError
+from accrete.pipeline.errors import ConfigError, DistributedError
 from accrete.pipeline.methods import ewc
 from accrete.pipeline.methods.ewc import Ewc, EwcConfig
 from accrete.pipeline.stage_runner import StageRunner
@@ -184,7 +184,7 @@ def assert_same_fisher(got, expected, tolerance=1e-4):
 def test_fisher_equals_autograd_of_every_weight(tmp_path, model, tokens):
     rows = toys.ToyRows(0, 21, 8).all
     got = measured(tmp_path, model, fisher_tokens=tokens, fisher_rows=11)
-    assert_same_fisher(got, expected_fisher(model, rows[:11], tokens == "mean"))
+    assert_same_fisher(got, expected_fisher(model, toys.spread(rows, 11), tokens == "mean"))
     whole = measured(tmp_path / "whole", model, fisher_tokens=tokens, fisher_rows=None)
     assert_same_fisher(whole, expected_fisher(model, rows, tokens == "mean"))
     # Control: squares of a batch's mean gradient are something else.
@@ -355,3 +355,23 @@ def test_state_is_whole_and_each_rank_keeps_its_rows():
             assert torch.equal(ranks[-1].anchors[name], own_rows(-value, rank, 3))
     assert sum(part.state_bytes() for part in ranks) == method.state_bytes()
     assert max(part.state_bytes() for part in ranks) < 0.45 * method.state_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"fisher_tokens": "mean"}, {"anchor": "every"}])
+def test_state_of_other_settings_is_refused(settings):
+    def filled(**chosen):
+        method, module = Ewc(EwcConfig(**chosen)), Weights(3)
+        setup(module, method)
+        for name, value in draw(5, positive=True).items():
+            method._shapes[name] = value.shape
+            method.remember(name, own_rows(value), own_rows(-value))
+        return method
+
+    saved, other = filled().state_dict(), filled(**settings)
+    with pytest.raises(ConfigError, match="belong to a whole sequence"):
+        Ewc(EwcConfig(**settings)).load_state_dict(saved)
+    with pytest.raises(ConfigError, match="belong to a whole sequence"):
+        Ewc(EwcConfig()).load_state_dict(other.state_dict())
+    again = Ewc(EwcConfig(**settings))
+    again.load_state_dict(other.state_dict())
+    assert again.fisher.keys() == again.anchors.keys() == other.fisher.keys()

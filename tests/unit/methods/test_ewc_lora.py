@@ -17,7 +17,7 @@ import toys
 
 from accrete.pipeline.data.collate import IGNORED
 from accrete.pipeline.distributed.comm import Ranks
-from accrete.pipeline.errors import MethodError
+from accrete.pipeline.errors import ConfigError, MethodError
 from accrete.pipeline.methods import fisher_memory
 from accrete.pipeline.methods.ewc_lora import EwcLoraConfig
 from accrete.pipeline.methods.fisher_memory import DenseFisher
@@ -412,11 +412,11 @@ def test_state_of_another_variant_is_refused(settings, tmp_path):
     full, stage = first_stage(tmp_path / "full", {})
     full.on_task_end(stage)
     other, other_stage = first_stage(tmp_path / "other", settings)
-    with pytest.raises(MethodError, match="belong to a whole sequence"):
+    with pytest.raises(ConfigError, match="belong to a whole sequence"):
         other.load_state_dict(full.state_dict())
     other.on_task_start(other_stage)
     other.on_task_end(other_stage)
-    with pytest.raises(MethodError, match="belong to a whole sequence"):
+    with pytest.raises(ConfigError, match="belong to a whole sequence"):
         full.load_state_dict(other.state_dict())
 
 

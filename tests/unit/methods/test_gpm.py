@@ -21,6 +21,7 @@ from accrete.pipeline.checkpoint import Position
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.distributed.engine import OptimizerSettings
 from accrete.pipeline.distributed.plain import PlainEngine
+from accrete.pipeline.errors import ModelError
 from accrete.pipeline.methods import gpm
 from accrete.pipeline.methods.gpm import Gpm, GpmConfig, hold
 from accrete.pipeline.models.full import FullLayer
@@ -272,3 +273,23 @@ def test_rows_and_state(tmp_path):
     saved = again.state_dict()
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], value) for name, value in tensors.items())
+
+
+# -- models that it cannot work on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("others", ["frozen", "trained"])
+def test_a_model_without_linear_layers_is_refused_before_training(tmp_path, monkeypatch, others):
+    """GPT-2 has layers of its own kind; `trained` finds weights to train all the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=toys.VOCAB, n_positions=40, n_embd=32, n_layer=1, n_head=4, use_cache=False
+    )
+    monkeypatch.setattr(toys, "base_model", lambda kind: GPT2LMHeadModel(config))
+    with pytest.raises(ModelError, match=r"no nn\.Linear layers .* Choose another method"):
+        StageRunner(
+            toys.make_parts(ALONE, tmp_path, model="llama", settings={"others": others}, **PLAIN)
+        ).run()
+    events = tmp_path / "run" / "events.jsonl"
+    assert not events.exists() or '"step"' not in events.read_text()

@@ -73,7 +73,8 @@ def test_a_is_the_svd_of_the_residual_gradient(runs, model, settings, task):
 def test_options_of_the_gradient(tmp_path, settings):
     run = Watched(tmp_path, "llama", settings={**EPS, **settings}, tasks=2)
     for task in (0, 1):
-        rows = rows_of(run, task)[: settings.get("gradient_rows")]
+        rows = rows_of(run, task)
+        rows = toys.spread(rows, settings.get("gradient_rows", len(rows)))
         mean = settings.get("gradient_tokens") == "mean"
         for name, gradient in gradients(run, "llama", task, rows, mean).items():
             projector = np.zeros((32, 32))
