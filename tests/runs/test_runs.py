@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,31 @@ def test_exported_models_are_the_scored_one(whole, accrete_here, llama, tmp_path
     torch.testing.assert_close(expected, live, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapted, live, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(untouched, live, atol=1e-2)
+
+
+def test_a_finished_run_is_exported_without_its_rows_or_its_gpu(
+    whole, accrete_here, llama, tmp_path
+):
+    """Another tokenizer than the model's own goes along; the row cache has been cleared."""
+    from transformers import AutoTokenizer
+
+    moved, other = tmp_path / "run", tmp_path / "tokenizer"
+    shutil.copytree(whole, moved)
+    AutoTokenizer.from_pretrained(llama, additional_special_tokens=["<own>"]).save_pretrained(other)
+    prepared = json.loads((moved / "prepared.json").read_text())
+    prepared["tokenizer_path"] = str(other)
+    for task in prepared["tasks"]:
+        task["train_dir"] = task["eval_dir"] = str(tmp_path / "cleared")
+    (moved / "prepared.json").write_text(json.dumps(prepared))
+    text = (moved / "recipe.yaml").read_text()
+    text, changed = re.subn(r"device: (auto|cpu)", "device: cuda", text)
+    assert changed == 1
+    (moved / "recipe.yaml").write_text(text)
+    for form in ("merged", "adapter"):
+        accrete_here("export", moved, "--out", tmp_path / form, "--form", form)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert "<own>" in exported.get_vocab()
+    assert "<own>" not in AutoTokenizer.from_pretrained(llama).get_vocab()
 
 
 def test_stage_adapters_load_with_peft(whole, llama):
