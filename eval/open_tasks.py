@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from accrete.pipeline.data.encode import EncodedRow
 from accrete.pipeline.errors import DataError
@@ -30,6 +30,19 @@ class EvalRows(Protocol):
 
     def references(self, index: int) -> tuple[str, ...]:
         """Every right answer of a row; the first is the row's `answer`."""
+        ...
+
+
+@runtime_checkable
+class WholeColumns(Protocol):
+    """Rows that can give ids and references without reading prompts, as prepared ones can."""
+
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        ...
+
+    def all_references(self) -> list[tuple[str, ...]]:
+        """The references of every row."""
         ...
 
 
@@ -71,17 +84,21 @@ class OpenTasks:
         """
         if handle.eval_dir not in self._known:
             rows = self._open_rows(handle)
-            numbers = range(len(rows))
-            if not numbers:
+            if not len(rows):
                 raise DataError(
                     f"task {handle.name}: there are no rows to score in its prepared evaluation "
                     "split. Check data.eval_split and the task's files."
                 )
-            ids = [row.id for row in rows.take(numbers)]
-            self._known[handle.eval_dir] = OpenTask(
-                handle, rows, ids, [rows.references(i) for i in numbers]
-            )
+            self._known[handle.eval_dir] = OpenTask(handle, rows, *_texts(rows))
         return self._known[handle.eval_dir]
+
+
+def _texts(rows: EvalRows) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Ids and references of all rows."""
+    if isinstance(rows, WholeColumns):
+        return rows.ids(), rows.all_references()
+    numbers = range(len(rows))
+    return [row.id for row in rows.take(numbers)], [rows.references(i) for i in numbers]
 
 
 def take_rows(tasks: Sequence[OpenTask], jobs: Sequence[Job]) -> list[EncodedRow]:

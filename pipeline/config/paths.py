@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 from accrete.pipeline.config.run import RunConfig
+from accrete.pipeline.data.config import DataConfig, TaskConfig
 from accrete.pipeline.methods.registry import is_method_file
 
 
 def expand_paths(config: RunConfig) -> RunConfig:
-    """`config` with absolute paths, so that a run can be resumed from another folder."""
+    """`config` with absolute paths, so that a run can be resumed from another folder.
+
+    A task's `files` stay relative where `data.root` is given, which they start from.
+    """
     data = dataclasses.replace(
         config.data,
         root=_absolute(config.data.root),
@@ -29,7 +33,24 @@ def expand_paths(config: RunConfig) -> RunConfig:
         file, name = (file, name) if file.endswith(".py") else (method.kind, "")
         kind = f"{_absolute(file)}{colon if name else ''}{name}"
         method = dataclasses.replace(method, kind=kind)
-    return dataclasses.replace(config, data=data, model=model, method=method)
+    tasks = [_expand_task(task, config.data) for task in config.tasks]
+    return dataclasses.replace(config, tasks=tasks, data=data, model=model, method=method)
+
+
+def _expand_task(task: TaskConfig, data: DataConfig) -> TaskConfig:
+    files, dataset = task.files, task.dataset
+    if files is not None and data.root is None:
+        files = {split: _absolute_files(given) for split, given in files.items()}
+    if files is None and data.format == "hub":
+        dataset = _hub_or_folder(dataset)
+    return dataclasses.replace(task, files=files, dataset=dataset)
+
+
+def _absolute_files(given: str | list[str]) -> str | list[str]:
+    """A name or glob, or a list of them."""
+    if isinstance(given, str):
+        return os.path.abspath(os.path.expanduser(given))
+    return [os.path.abspath(os.path.expanduser(name)) for name in given]
 
 
 def _absolute(path: str | None) -> str | None:

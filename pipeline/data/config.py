@@ -63,7 +63,8 @@ class TaskConfig:
     labels: list[str] | None = None
     """The closed set of answers; default: what the format's own files say, or open."""
     per_label: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
-    """Split -> use only the first so many rows of each label, for large sets sorted by label."""
+    """Split -> use only the first so many rows of each label, for large sets sorted by label. A
+    lower `data.max_train_examples` or `data.max_eval_examples` is shared evenly by the labels."""
     instruction: str | None = None
     """Instruction text; default: what the format's own files say."""
     family: str | None = None
@@ -91,16 +92,18 @@ class DataConfig:
     template: Template = "plain"
     """Prompt style; see docs/recipes.md."""
     examples: Annotated[int, Field(ge=0)] = 0
-    """Worked examples in every prompt (template `superni`): the first so many of the task's own
-    `Positive Examples`."""
+    """Worked examples in every prompt (template `superni` alone): the first so many of the task's
+    own `Positive Examples`, of which there must be as many."""
     instructions: str | None = None
     """JSON file of published instructions per family (O-LoRA's `instruction_config.json`)."""
     eval_split: str = "test"
     """Split that is scored: `test`, or `dev` for a search."""
     max_train_examples: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first so many training rows of each task."""
+    """Use only the first so many training rows of each task; with `per_label`, so many rows with
+    an equal share of each label."""
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
-    """Score only the first so many rows of each task."""
+    """Score only the first so many rows of each task; with `per_label`, so many rows with an equal
+    share of each label."""
     max_source_tokens: Annotated[int, Field(ge=8)] = 512
     """Prompt length; only the input text is cut, never the options or the answer cue."""
     cut: Literal["end", "start"] = "end"
@@ -115,3 +118,11 @@ class DataConfig:
     """A training split with more rows than this is streamed."""
     window_batches: Annotated[int, Field(ge=1)] = 50
     """Rows are sorted by length inside windows of so many global batches (1: no sorting)."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.examples and self.template != "superni":
+            raise ValueError(
+                f"`examples` is {self.examples}, but template `{self.template}` shows no worked "
+                "examples; allowed: 0. Set `examples: 0`, or take `template: superni`"
+            )

@@ -138,7 +138,7 @@ class RowParser:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise _FieldError(f"field {name!r} must be text or a whole number, got {value!r}")
         self._steady(name, value)
-        return str(value)
+        return _whole(name, str(value))
 
     def _input(self, record: Mapping[str, object]) -> str:
         names = self._columns.input
@@ -158,7 +158,7 @@ class RowParser:
                 text = ""
         if not text.strip():
             raise _FieldError(f"field {names!r} is blank")
-        return text
+        return _whole(names, text)
 
     def _references(self, record: Mapping[str, object]) -> tuple[str, ...]:
         name = self._columns.output
@@ -172,7 +172,7 @@ class RowParser:
 
     def _answer(self, name: str, value: object) -> str:
         if isinstance(value, str):
-            return value
+            return _whole(name, value)
         if isinstance(value, (bool, int)) and self._label_names is not None:
             number = int(value)
             if 0 <= number < len(self._label_names):
@@ -189,3 +189,16 @@ class RowParser:
 
 class _FieldError(Exception):
     """A field that cannot be used."""
+
+
+def _whole(name: str, text: str) -> str:
+    """`text`, of whole characters: JSON can name half of one, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _FieldError(
+            f"field {name!r} has half a character, {text[error.start]!r} at position "
+            f"{error.start}: a surrogate without its pair. Write the whole character or leave it "
+            "out"
+        ) from None
+    return text

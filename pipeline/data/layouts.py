@@ -221,7 +221,14 @@ def _tasl(root: Path, task: TaskConfig, data: DataConfig) -> Located:
         files = [found / s / f"{name}.json" for s in spellings]
         if hits := [f for f in files if f.is_file()]:
             splits[split] = (hits[0],)
-    return Located(format="tasl", dataset=name, splits=splits, raw=True)
+    return Located(
+        format="tasl",
+        dataset=name,
+        splits=splits,
+        # As in SAPT, whose SuperNI rows these are.
+        metric="rouge_l" if is_superni(name) else None,
+        raw=True,
+    )
 
 
 _FINDERS: dict[Format, Callable[[Path, TaskConfig, DataConfig], Located]] = {

@@ -152,7 +152,7 @@ class SplitPreflight:
         return self._source.info
 
     def _items(self) -> Iterator[Example | Problem]:
-        return itertools.islice(self._source.scan(self._split), self._limit)
+        return self._source.scan(self._split, self._limit)
 
     def write(self, folder: Path, layout: Layout, stream_above: int | None) -> Layout:
         """Read every row once; writes what is good and notes what is not."""

@@ -222,6 +222,13 @@ class _Preparer:
     def _key(self, source: Source, frame: Frame, splits: Sequence[str]) -> dict[str, Any]:
         """Everything the token ids and the row numbers depend on."""
         data, task = self._data, source.task
+        limits = (data.max_train_examples, data.max_eval_examples)
+        # Named only where it counts, so that all other keys are what they were before it did.
+        balanced = [
+            split
+            for split, limit in zip(splits, limits, strict=True)
+            if limit is not None and split in task.per_label
+        ]
         return {
             "version": FORMAT_VERSION,
             "layout": dataclasses.asdict(Layout()),
@@ -235,10 +242,10 @@ class _Preparer:
             "limits": [
                 data.max_source_tokens,
                 data.max_target_tokens,
-                data.max_train_examples,
-                data.max_eval_examples,
+                *limits,
                 data.cut,
                 task.per_label,
+                *balanced,
             ],
             "stream": [data.streaming, data.stream_above_rows],
             "tokenizer": self._tokenizer,

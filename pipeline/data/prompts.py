@@ -113,8 +113,9 @@ def _plain(info: TaskInfo) -> Frame:
 def _olora(info: TaskInfo) -> Frame:
     """Two lines that name family and data set, the family's instruction, the options, the text.
 
-    Source: the prompt structure of the O-LoRA code base. COPA has neither instruction nor options
-    there, because its text carries both.
+    Source: the prompt structure of the O-LoRA code base, to the character: published instructions
+    bring their own line end, and a space stands behind the options. COPA has neither instruction
+    nor options there, because its text carries both.
     """
     if not info.family:
         raise DataError(
@@ -124,7 +125,7 @@ def _olora(info: TaskInfo) -> Frame:
     prefix = f"Task:{info.family}\nDataset:{info.dataset}\n"
     if canonical(info.family) != "copa":
         if info.instruction:
-            prefix += info.instruction.rstrip() + " \n"
+            prefix += info.instruction.removesuffix("\n") + "\n"
         if info.labels:
             prefix += _options(info) + " \n"
     return Frame(prefix, "\nAnswer:")

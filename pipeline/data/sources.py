@@ -120,8 +120,14 @@ class Source:
             f"Task {self.task.name!r} has no split {name!r}. There: {listing(self.info.splits)}."
         )
 
-    def scan(self, split: str) -> Iterator[Example | Problem]:
-        """Every row of a split, good or bad, in the order of the files."""
+    def scan(self, split: str, limit: int | None = None) -> Iterator[Example | Problem]:
+        """The rows of a split, good or bad, in the order of the files.
+
+        Args:
+            split: `train`, `dev` or `test`.
+            limit: At most so many rows: the first ones, or, where the task has `per_label` for
+                this split, an equal share of each label. None: every row.
+        """
         parser = RowParser(self.task.name, split, self.rows.columns, self.task.label_names)
         numbers = itertools.count()
         rows = (
@@ -131,7 +137,10 @@ class Source:
             for record in self.rows.records(self.split(split))
         )
         most = self.task.per_label.get(split)
-        return iter(rows) if most is None else _per_label(rows, most, self.info.labels)
+        if most is None:
+            return itertools.islice(rows, limit)
+        first = _per_label(rows, most, self.info.labels)
+        return first if limit is None else _balanced(first, limit, self.info.labels)
 
 
 def _per_label(
@@ -152,6 +161,36 @@ def _per_label(
         yield row
         if full == len(labels or ()) > 0:
             return
+
+
+def _balanced(
+    rows: Iterator[Example | Problem], limit: int, labels: tuple[str, ...] | None
+) -> Iterator[Example | Problem]:
+    """At most `limit` rows, their labels within one of each other where there are rows enough.
+
+    A row too many takes the place of the last row of the label with the most. So no label need be
+    known beforehand, what a rare label leaves goes to the others, and `limit` rows are held.
+    """
+    kept: dict[str, list[tuple[int, Example]]] = {label: [] for label in labels or ()}
+    held = 0
+    for number, row in enumerate(rows):
+        if isinstance(row, Problem):
+            yield row
+            continue
+        mine = kept.setdefault(row.references[0], [])
+        if held == limit:
+            fullest = max(reversed(kept.values()), key=len)  # an odd row stays with the first
+            if len(fullest) <= len(mine) + 1:
+                continue
+            fullest.pop()
+            held -= 1
+        mine.append((number, row))
+        held += 1
+        sizes = [len(rows_of_label) for rows_of_label in kept.values()]
+        if labels and held == limit and max(sizes) <= min(sizes) + 1:
+            break  # no row to come would change it
+    chosen = itertools.chain.from_iterable(kept.values())
+    yield from (row for _, row in sorted(chosen, key=lambda item: item[0]))
 
 
 def open_source(task: TaskConfig, data: DataConfig, seed: int = 0) -> Source:
@@ -225,8 +264,22 @@ def _info(
         splits=splits,
         raw=located.raw,
         no_gold=located.no_gold,
-        examples=located.examples[: data.examples],
+        examples=_worked_examples(task, data, located),
     )
+
+
+def _worked_examples(
+    task: TaskConfig, data: DataConfig, located: Located
+) -> tuple[tuple[str, str], ...]:
+    """The first `data.examples` of the task's own examples."""
+    there = len(located.examples)
+    if there < data.examples:
+        raise DataError(
+            f"Task {task.name!r}: data.examples is {data.examples}, but the task has {there} "
+            f"worked examples (layout {located.format}; sapt, superni and natural_instructions "
+            f"have `Positive Examples`). Allowed: 0 to {there}; set data.examples."
+        )
+    return located.examples[: data.examples]
 
 
 def _published(path: Path, family: str | None, dataset: str) -> str | None:

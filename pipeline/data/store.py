@@ -6,7 +6,7 @@ any step at any time, and the step is the whole position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -244,6 +244,14 @@ class EvalRows(Sequence[EncodedRow]):
         """Rows by number, read together: several times faster than one by one."""
         return _select(self._data, np.asarray(indices, dtype=np.int64))
 
+    def ids(self) -> list[str]:
+        """The ids of all rows; reads nothing else."""
+        return list(_values(self._data, "id"))
+
+    def all_references(self) -> list[tuple[str, ...]]:
+        """The references of all rows; reads nothing else."""
+        return [tuple(found) for found in _values(self._data, "references")]
+
     def references(self, index: int) -> tuple[str, ...]:
         """Every right answer of a row, as text."""
         row = self._data.select_columns(["references"])[range(len(self))[index]]
@@ -259,6 +267,12 @@ def _open_arrow(folder: Path) -> Any:
 def _lengths(data: Any) -> NDArray[np.int32]:
     """The length column as an array."""
     return np.asarray(data.data.column("length").to_numpy(), dtype=np.int32)
+
+
+def _values(data: Any, name: str) -> Iterator[Any]:
+    """One column as Python values, a batch of rows at a time."""
+    for chunk in data.data.column(name).chunks:
+        yield from chunk.to_pylist()
 
 
 def _select(data: Any, indices: Ints) -> list[EncodedRow]:

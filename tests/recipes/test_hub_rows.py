@@ -66,3 +66,26 @@ def test_rows_are_read(task: TaskConfig, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"Option: {', '.join(info.labels or ())} \n" in prompt
     sapt = DataConfig(format="hub", template="sapt")
     assert describe_task(local, sapt).instruction is not None
+
+
+def test_amazon_from_files_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in docs/recipes.md and sources/hub.yaml, from the recipe to the prompt."""
+    monkeypatch.chdir(tmp_path)
+    labels = ("very negative", "negative", "neutral", "positive", "very positive")
+    rows = [{"title": "t", "text": "x", "label": label} for label in labels for _ in range(4)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [
+        "data.format=hub",
+        "tasks.amazon.files={train: a.jsonl, test: a.jsonl}",
+        "tasks.amazon.columns={input: [title, text], output: label}",
+    ]
+    config = load_recipe("standard_cl/order1", changes).config
+    amazon = next(task for task in config.tasks if task.name == "amazon")
+    monkeypatch.chdir("/")  # a run may be resumed from elsewhere
+    info = describe_task(amazon, config.data)
+    assert (info.family, info.labels) == ("SC", labels)
+    found = list(read_examples(amazon, config.data, "train"))
+    assert [row.references[0] for row in found] == [row["label"] for row in rows]
+    prompt = str(frame_for(config.data.template, info).render(found[0].input))
+    assert prompt.startswith("Task:SC\nDataset:amazon\n")
+    assert prompt.endswith(f"\nOption: {', '.join(labels)} \ntitle: t\ntext: x\nAnswer:")

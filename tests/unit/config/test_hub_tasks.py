@@ -40,6 +40,15 @@ def test_a_dump_needs_no_hub_key(write: Write, tmp_path: Path) -> None:
     assert recipe.config.tasks[0].revision == "abc"
 
 
+def test_an_entry_may_leave_the_place_of_the_rows_to_the_task(write: Write) -> None:
+    file = write("r.yaml", BASE.replace("{dataset: somebody/one, ", "{"))
+    with pytest.raises(RecipeError, match="`one`; known: other, two"):
+        load_recipe(file, ["data.format=hub"])
+    for place in ("tasks.one.dataset=a/b", "tasks.one.files={train: a, test: a}"):
+        (one, *_) = load_recipe(file, ["data.format=hub", place]).config.tasks
+        assert (one.columns.input, one.label_names) == ("text", ["x", "y"])
+
+
 def test_nothing_is_taken_for_other_formats(write: Write) -> None:
     recipe = load_recipe(write("r.yaml", BASE))
     assert all(task.dataset is None for task in recipe.config.tasks)
@@ -66,6 +75,8 @@ def test_the_shipped_hub_tasks() -> None:
     recipe = load_recipe("long_sequence/order4", ["data.format=hub", "tasks.amazon.dataset=a/b"])
     for task in recipe.config.tasks:
         if task.name == "amazon":
+            assert task.family == "SC"
+            assert len(task.labels or ()) == 5
             continue
         assert task.dataset is not None
         assert "/" in task.dataset

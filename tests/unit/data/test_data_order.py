@@ -297,6 +297,8 @@ def test_eval_rows(tmp_path: Path) -> None:
     assert found.take([40, 2]) == [rows[40], rows[2]]
     assert found.references(2) == ("id2", "other")
     assert found.references(49) == ("id49",)
+    assert found.ids() == [row.id for row in rows]
+    assert found.all_references() == [found.references(i) for i in range(50)]
     assert found.lengths.tolist() == [len(r.prompt) + len(r.answer) for r in rows]
     with pytest.raises(IndexError):
         found[50]

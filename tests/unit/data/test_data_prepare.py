@@ -49,6 +49,45 @@ def test_limits_take_the_first_rows(prepare: Prepare) -> None:
     assert [r.id for r in open_eval(handle)] == ["r100", "r101", "r102"]
 
 
+def test_limits_leave_labels_balanced_in_rows_sorted_by_label(
+    prepare: Prepare, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    rows = sorted(rows_of(40), key=lambda row: str(row["output"]))
+    for split in ("train", "test"):
+        write_rows(tmp_path / "t" / f"{split}.jsonl", rows)
+    limits = {"max_train_examples": 11, "max_eval_examples": 6}
+    (handle,) = prepare(task(per_label={"train": 10, "test": 10}), **limits)
+    assert (handle.num_train, handle.num_eval) == (11, 6)
+    assert handle.stats.train.label_counts == {"good": 5, "bad": 6}
+    assert handle.stats.eval.label_counts == {"good": 3, "bad": 3}
+    assert handle.stats.warnings == ()
+    (whole,) = prepare(task(per_label={"train": 10}), max_eval_examples=6)
+    assert whole.stats.train.label_counts == {"good": 10, "bad": 10}
+    assert whole.stats.eval.label_counts == {"good": 0, "bad": 6}
+
+
+def test_half_characters_are_named_with_the_other_problems(
+    prepare: Prepare, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    rows = rows_of(6)
+    rows[2]["input"] = "sad \ud83d face"
+    rows[3]["input"] = "glad \U0001f600 face"
+    rows[4]["output"] = "goo\udc00d"
+    rows[5]["id"] = "\ud800"
+    write_rows(tmp_path / "t" / "train.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        prepare(task(labels=None))
+    said, file = str(caught.value), tmp_path / "t" / "train.jsonl"
+    said.encode()  # can be printed
+    assert "3 problems" in said
+    for line, words in (
+        (3, r"field 'input' has half a character, '\ud83d' at position 4"),
+        (5, r"field 'output' has half a character, '\udc00' at position 3"),
+        (6, r"field 'id' has half a character, '\ud800' at position 0"),
+    ):
+        assert f"t, train: {file}:{line}: {words}" in said
+
+
 def test_streaming_and_its_threshold(prepare: Prepare) -> None:
     assert prepare(task(), streaming=True)[0].streamed
     assert prepare(task(), stream_above_rows=19)[0].streamed

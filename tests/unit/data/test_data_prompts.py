@@ -32,10 +32,12 @@ def test_plain() -> None:
 
 
 def test_olora() -> None:
-    expected = "Task:SC\nDataset:yelp\nWhich mood? \nOption: good, bad \nTEXT\nAnswer:"
+    # As published: a space behind the options, none behind the instruction.
+    expected = "Task:SC\nDataset:yelp\nWhich mood?\nOption: good, bad \nTEXT\nAnswer:"
     assert render("olora") == expected
-    # a published instruction brings its own line end
-    assert render("olora", instruction="Which mood? \n") == expected
+    # a published instruction brings its own line end, and stays as it is
+    assert render("olora", instruction="Which mood?\n") == expected
+    assert "\nWhich mood? \nOption:" in render("olora", instruction="Which mood? \n")
     assert render("olora", family="COPA") == "Task:COPA\nDataset:yelp\nTEXT\nAnswer:"
     with pytest.raises(DataError, match=r"no family.*Set the task's `family` \(such as SC, TC"):
         render("olora", family=None)

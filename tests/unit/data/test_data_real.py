@@ -14,6 +14,7 @@ from accrete.pipeline.data.config import DataConfig, TaskConfig, Template
 from accrete.pipeline.data.encode import load_tokenizer
 from accrete.pipeline.data.order import epoch_order
 from accrete.pipeline.data.prepare import prepare_sequence
+from accrete.pipeline.data.prompts import frame_for
 from accrete.pipeline.data.sources import describe_task, read_examples
 from accrete.pipeline.data.store import open_eval, open_train
 
@@ -121,6 +122,28 @@ def test_every_style_applies_to_the_long_sequence(
     )
     tasks = [TaskConfig(name=name) for name in names(compact, "long")]
     assert len(prepare_sequence(tasks, data, t5_folder, True, tmp_path, 0)) == 15
+
+
+def test_olora_prompts_are_the_published_ones(compact: Path) -> None:
+    """Written out from the published code's parts; the instruction has one line of its own."""
+    data = DataConfig(root=str(compact), benchmark="long", template="olora")
+    for name in names(compact, "long"):
+        info = describe_task(TaskConfig(name=name), data)
+        row = next(read_examples(TaskConfig(name=name), data, "test"))
+        asked = f"{info.instruction}\nOption: {', '.join(info.labels or ())} \n"
+        expected = f"Task:{info.family}\nDataset:{name}\n{'' if name == 'copa' else asked}"
+        rendered = str(frame_for("olora", info).render(row.input))
+        assert rendered == f"{expected}{row.input}\nAnswer:"
+
+
+def test_plain_prompts_of_real_rows(compact: Path) -> None:
+    """Published scores were made with these prompts: they must not change."""
+    data = DataConfig(root=str(compact), benchmark="standard")
+    for name in names(compact, "standard"):
+        info = describe_task(TaskConfig(name=name), data)
+        rendered = str(frame_for("plain", info).render("TEXT"))
+        options = ", ".join(info.labels or ())
+        assert rendered == f"{info.instruction}\nOption: {options}\nTEXT\nAnswer:"
 
 
 def lengths_of(compact: Path, benchmark: str) -> list[int]:
