@@ -24,12 +24,13 @@ _HEADS = {
     "plasticity": "plasticity",
     "incremental_accuracy": "incr. acc.",
 }
-_TEST_HEADS = ("pair", "seeds", "AP difference", "95% interval", "p exact", "p Holm", "p bootstrap")
+_TEST_HEADS = ("pair", "seeds", "AP difference", "95% interval", "p", "p Holm", "p bootstrap")
 _TEXT_HEADS = {"rank", "recipe", "method", "seeds", "pair"}
 _EXPLAINED = (
-    "Mean and standard deviation over seeds, in percent points. Tests: the same rows after the "
-    "last stage; exact test on right and wrong rows (McNemar's for one seed), Holm-corrected over "
-    "the pairs; interval of the AP difference by a bootstrap over rows, tasks kept apart."
+    "Mean and standard deviation over seeds, in percent points. Tests: AP on the same rows after "
+    "the last stage; p by the signs of the rows' differences (McNemar's exact test for one seed, "
+    "scores of 0 or 1 and tasks of one size), Holm-corrected over the pairs; interval and p "
+    "bootstrap of the AP difference by a bootstrap over rows, tasks kept apart."
 )
 
 
@@ -78,11 +79,12 @@ def to_markdown(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One line for each recipe and method; full precision, empty where there is no value."""
+    """One line for each line of the tables; full precision, empty where there is no value."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     numbers = [f"{name}_{part}" for name in METRIC_NAMES for part in ("mean", "sd")]
-    writer.writerow(["model", "tasks", "recipe", "method", "ranked", "seeds", "num", *numbers])
+    heads = ["model", "tasks", "recipe", "method", "settings", "ranked", "seeds", "num"]
+    writer.writerow([*heads, *numbers])
     for setting in comparison.settings:
         for line in setting.lines:
             writer.writerow(
@@ -91,6 +93,7 @@ def to_csv(comparison: Comparison) -> str:
                     " ".join(setting.tasks),
                     line.recipe,
                     line.method,
+                    _told(line),
                     "yes" if setting.ranked else "no",
                     _seeds(line.seeds),
                     len(line.runs),
@@ -136,12 +139,18 @@ def _tables(setting: Setting) -> list[tuple[list[str], list[list[str]]]]:
 
 def _row(line: Line) -> list[str]:
     cells = [_cell(line.metrics[name]) for name in _HEADS]
-    return [line.method, _seeds(line.seeds), *cells]
+    method = f"{line.method} ({_told(line)})" if line.settings else line.method
+    return [method, _seeds(line.seeds), *cells]
+
+
+def _told(line: Line) -> str:
+    """What tells a line from the others of its recipe and method."""
+    return ", ".join(f"{name}={value}" for name, value in line.settings.items())
 
 
 def _test_row(test: PairedTest) -> list[str]:
     interval = f"{test.interval.low:+.1f} to {test.interval.high:+.1f}"
-    p_values = [_p(value) for value in (test.p_exact, test.p_holm, test.p_bootstrap)]
+    p_values = [_p(value) for value in (test.p_value, test.p_holm, test.p_bootstrap)]
     seeds = _seeds(test.seeds)
     return [f"{test.a} - {test.b}", seeds, f"{test.difference:+.1f}", interval, *p_values]
 

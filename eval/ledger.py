@@ -1,9 +1,13 @@
-"""What each stage took: time, tokens and memory, summed up from a run's events."""
+"""What each stage took: time, tokens and memory, summed up from a run's events.
+
+A run that was cut off and resumed has several lives. Steps, tokens and scores count once; time is
+that of all lives, with what was lost and done again: the seconds in an event are its life's alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +63,7 @@ class Ledger:
 
 def read_ledger(tasks: Iterable[str], events: Iterable[Mapping[str, Any]]) -> Ledger:
     """Add up `events`; a step or score that a resume repeated counts once, as last recorded."""
+    events = list(events)
     stages = {t: StageCost(stage=t, task=task) for t, task in enumerate(tasks)}
     steps: dict[tuple[int, int], Mapping[str, Any]] = {}
     scores: dict[tuple[int, str, str], float] = {}
@@ -76,9 +81,92 @@ def read_ledger(tasks: Iterable[str], events: Iterable[Mapping[str, Any]]) -> Le
             stage.state = "scoring" if moment == "after" else stage.state
         else:
             _apply(stage, event)
+    for index, seconds in _training_seconds(events).items():
+        stages[index].train_seconds = seconds
     losses = _add_steps(stages, steps)
     _add_scores(stages, scores)
     return Ledger(stages=[stages[t] for t in sorted(stages)], losses=losses)
+
+
+def run_seconds(events: Iterable[Mapping[str, Any]]) -> float | None:
+    """Time at work of all lives of a finished run, without the pauses between them.
+
+    None while it is under way, and where the times of an earlier life were not recorded.
+    """
+    lives: list[list[Mapping[str, Any]]] = [[]]
+    for event in events:
+        if event["event"] in ("run_started", "resumed") or _starts_again(event, lives[-1]):
+            lives.append([])
+        lives[-1].append(event)
+    lives = [life for life in lives if life]
+    if not lives or not any(_is_end(event) for event in lives[-1]):
+        return None
+    spent = [_life_seconds(life) for life in lives]
+    known = [seconds for seconds in spent if seconds is not None]
+    return sum(known) if len(known) == len(spent) else None
+
+
+def _starts_again(event: Mapping[str, Any], life: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a stage begins anew: a run cut off before its first checkpoint says no `resumed`."""
+    return event["event"] == "stage_started" and any(
+        other["event"] == "stage_started" and other.get("stage") == event.get("stage")
+        for other in life
+    )
+
+
+def _is_end(event: Mapping[str, Any]) -> bool:
+    return bool(event["event"] == "run_finished")
+
+
+def _life_seconds(life: Sequence[Mapping[str, Any]]) -> float | None:
+    said = [_number(event, "seconds") for event in life if _is_end(event)]
+    if said and said[-1] is not None:
+        return said[-1]
+    first, last = _number(life[0], "time"), _number(life[-1], "time")
+    return None if first is None or last is None else max(0.0, last - first)
+
+
+def _training_seconds(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Seconds of training by stage, of all lives.
+
+    A life that trained to the end says how long it took; one that was cut off is timed from its
+    start of the stage to the last that is known of it.
+    """
+    totals: dict[int, float] = {}
+    life = _Training()
+    for event in events:
+        kind, index, seconds = event["event"], event.get("stage"), _number(event, "train_seconds")
+        begins = kind == "stage_started" or (kind == "resumed" and event.get("step") is not None)
+        if begins or kind in ("run_started", "resumed"):
+            life.close(totals)
+            life = _Training(stage=index if begins else None, began=_number(event, "time"))
+        elif kind in ("consolidated", "stage_finished") and seconds is not None:
+            known = kind == "stage_finished" and index in totals
+            if isinstance(index, int) and index >= 0 and not known:
+                totals[index] = totals.get(index, 0.0) + seconds
+            life = _Training()
+        elif index == life.stage and kind in ("step", "checkpoint"):
+            # The checkpoint of a finished task, without a step, comes after its consolidation.
+            life.last = _number(event, "time") if event.get("step") is not None else life.last
+    life.close(totals)
+    return totals
+
+
+@dataclass(kw_only=True)
+class _Training:
+    """A stage being trained in one life of the run."""
+
+    stage: Any = None
+    began: float | None = None
+    last: float | None = None
+
+    def close(self, totals: dict[int, float]) -> None:
+        """Add what is known of it: it ended without saying its seconds."""
+        if not isinstance(self.stage, int) or self.stage < 0:
+            return
+        if self.began is not None and self.last is not None:
+            spent = max(0.0, self.last - self.began)
+            totals[self.stage] = totals.get(self.stage, 0.0) + spent
 
 
 def _apply(stage: StageCost, event: Mapping[str, Any]) -> None:
@@ -90,14 +178,13 @@ def _apply(stage: StageCost, event: Mapping[str, Any]) -> None:
         stage.rows = _count(event, "rows")
     elif kind == "consolidated":
         stage.state = "scoring"
-        stage.consolidate_seconds = seconds
+        stage.consolidate_seconds = _sum(stage.consolidate_seconds, seconds)
     elif kind == "checkpoint" and seconds is not None:
-        stage.checkpoint_seconds = (stage.checkpoint_seconds or 0.0) + seconds
+        stage.checkpoint_seconds = _sum(stage.checkpoint_seconds, seconds)
     elif kind == "stage_finished":
         stage.state = "finished"
         stage.score_seconds = _number(event, "score_seconds")
     if kind in ("consolidated", "stage_finished"):
-        stage.train_seconds = _number(event, "train_seconds") or stage.train_seconds
         for name in ("state_bytes", "method_state_bytes"):
             stage.state_bytes = _count(event, name) or stage.state_bytes
         consolidate = _number(event, "consolidate_seconds")
@@ -117,21 +204,27 @@ def _add_steps(
         if loss is not None:
             losses.append(LossPoint(stage=index, step=step, loss=loss))
     for stage in stages.values():
-        if stage.train_seconds is None and stage.steps:
-            stage.train_seconds = stage.step_seconds
+        if stage.steps:
+            stage.train_seconds = max(stage.train_seconds or 0.0, stage.step_seconds)
     return losses
 
 
 def _add_scores(
     stages: Mapping[int, StageCost], scores: Mapping[tuple[int, str, str], float]
 ) -> None:
-    """Fill in scoring times that `stage_finished` did not give."""
+    """Scoring times: what the tasks took, where `stage_finished` does not know of more.
+
+    After a resume it knows the tasks that were scored since then, not those kept from before.
+    """
     sums: dict[int, float] = {}
     for (index, _, _), seconds in scores.items():
         sums[index] = sums.get(index, 0.0) + seconds
     for index, total in sums.items():
-        if stages[index].score_seconds is None:
-            stages[index].score_seconds = total
+        stages[index].score_seconds = max(stages[index].score_seconds or 0.0, total)
+
+
+def _sum(total: float | None, more: float | None) -> float | None:
+    return total if more is None else (total or 0.0) + more
 
 
 def _number(event: Mapping[str, Any], name: str) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from accrete.eval.run_record import PredictedRow, RunRecord
-from accrete.eval.stats import Interval, holm, paired_bootstrap, sign_flip_exact
+from accrete.eval.stats import Interval, holm, paired_bootstrap, sign_flip, sign_flip_exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,13 @@ class PairedTest:
     difference: float
     """Average performance of `a` minus that of `b`, in points, over those seeds."""
     interval: Interval
-    p_exact: float
-    """Exact test on right and wrong rows; McNemar's for one seed."""
+    p_value: float
+    """Two-sided p that the differences of the rows are symmetric around 0, by their signs."""
+    exact: bool
+    """Whether `p_value` counts all signs (McNemar's test for one seed) or draws them."""
     p_bootstrap: float
     p_holm: float
-    """`p_exact` after Holm's correction over all pairs of the setting."""
+    """`p_value` after Holm's correction over all pairs of the setting."""
 
 
 def paired_tests(
@@ -56,7 +58,7 @@ def paired_tests(
             notes.append(f"No test of {a} against {b}: they have no seed in common.")
             continue
         found.append({"a": a, "b": b, "seeds": seeds, **_paired(rows_a, rows_b, seeds, tasks)})
-    corrected = holm([test["p_exact"] for test in found])
+    corrected = holm([test["p_value"] for test in found])
     return [PairedTest(**test, p_holm=p) for test, p in zip(found, corrected, strict=True)]
 
 
@@ -76,17 +78,30 @@ def _rows_by_seed(records: Sequence[RunRecord]) -> _RowsBySeed:
 def _paired(
     a: _RowsBySeed, b: _RowsBySeed, seeds: Sequence[int | None], tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """Row by row differences, summed over seeds, and the tests on them."""
-    scores, corrects = [], []
+    """Row by row differences of the scores, over seeds, and the tests on them."""
+    sums = []
     for task in tasks:
         ids = list(a[seeds[0]][task])
-        pairs = [[(a[s][task][i], b[s][task][i]) for s in seeds] for i in ids]
-        scores.append(np.array([np.mean([x.score - y.score for x, y in row]) for row in pairs]))
-        corrects += [sum(x.correct - y.correct for x, y in row) for row in pairs]
-    paired = paired_bootstrap(scores)
+        pairs = [[(a[s][task][i].score, b[s][task][i].score) for s in seeds] for i in ids]
+        sums.append(np.array([sum(x - y for x, y in row) for row in pairs]))
+    differences = [total / len(seeds) for total in sums]
+    paired = paired_bootstrap(differences)
+    exact = _countable(a, seeds, tasks) and _countable(b, seeds, tasks)
     return {
         "difference": paired.difference,
         "interval": paired.interval,
         "p_bootstrap": paired.p_bootstrap,
-        "p_exact": sign_flip_exact(corrects),
+        "p_value": sign_flip_exact(np.concatenate(sums)) if exact else sign_flip(differences),
+        "exact": exact,
     }
+
+
+def _countable(runs: _RowsBySeed, seeds: Sequence[int | None], tasks: Sequence[str]) -> bool:
+    """Whether AP is the share of rows that are right: scores 0 or 1, all tasks of one size.
+
+    Only then is a test on the number of right rows a test on AP.
+    """
+    scored = [runs[seed][task].values() for seed in seeds for task in tasks]
+    return len({len(rows) for rows in scored}) == 1 and all(
+        row.score in (0.0, 1.0) for rows in scored for row in rows
+    )

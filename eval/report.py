@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accrete.eval.charts import loss_chart, task_curve
-from accrete.eval.ledger import read_ledger
+from accrete.eval.ledger import read_ledger, run_seconds
 from accrete.eval.report_settings import flatten, group_settings
 from accrete.eval.report_tables import (
     TaskRetention,
@@ -80,7 +80,7 @@ def report_content(record: RunRecord) -> dict[str, Any]:
         "also_recorded": flatten(
             {key: value for key, value in record.info.items() if key not in _SHOWN_ELSEWHERE}
         ),
-        "run_seconds": record.first_event("run_finished").get("seconds"),
+        "run_seconds": run_seconds(record.events),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     content["warnings"] = _warnings(record)

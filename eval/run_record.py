@@ -82,6 +82,16 @@ class RunRecord:
         return Path(label).name if label.startswith(("/", ".", "~")) else label
 
     @property
+    def model_id(self) -> str:
+        """Builder, hub id or whole path of the model, with the hub revision that was asked for."""
+        label = self._label("model", "builder", "path", "name") or "unknown"
+        model = self.config.get("model")
+        said = model if isinstance(model, Mapping) else {}
+        local = label.startswith(("/", ".", "~")) or said.get("builder")
+        marks = (None if local else said.get("revision"), said.get("gguf_file"))
+        return "@".join([label, *(str(mark) for mark in marks if mark)])
+
+    @property
     def seed(self) -> int | None:
         """The run's seed."""
         started = self.first_event("run_started")
@@ -180,6 +190,13 @@ class RunRecord:
                     return None
                 series[task].append([row.score for row in rows])
         return [np.array(series[task]) for task in tasks]
+
+    @cached_property
+    def prepared(self) -> dict[str, Mapping[str, Any]]:
+        """What prepared.json says of each task; empty if there is none."""
+        tasks = self._mapping(self.dir.prepared).get("tasks")
+        found = tasks if isinstance(tasks, list) else []
+        return {str(task.get("name")): task for task in found if isinstance(task, Mapping)}
 
     @cached_property
     def _matrix_file(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from accrete.eval.stats import (
     metric_intervals,
     paired_bootstrap,
     resample_means,
+    sign_flip,
     sign_flip_exact,
 )
 
@@ -53,6 +54,46 @@ def test_sign_flip_keeps_the_seeds_of_a_row_together() -> None:
     rows = [1] * 8 + [-1] * 2
     assert sign_flip_exact([5 * d for d in rows]) == pytest.approx(mcnemar_exact(8, 2))
     assert mcnemar_exact(40, 10) < mcnemar_exact(8, 2)
+
+
+def trying_every_sign(tasks: list[list[float]]) -> float:
+    """The p of `sign_flip` from its definition: all signs of all rows, AP worked out for each."""
+
+    def average(signed: list[list[float]]) -> float:
+        return abs(sum(sum(rows) / len(rows) for rows in signed) / len(signed))
+
+    seen, hits, total = average(tasks), 0, 0
+    for signs in itertools.product((-1, 1), repeat=sum(map(len, tasks))):
+        left = iter(signs)
+        hits += average([[next(left) * d for d in rows] for rows in tasks]) >= seen - 1e-12
+        total += 1
+    return hits / total
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [[1.0, 1.0, 1.0, 0.0, 1.0, -1.0], [-1.0, -1.0]],
+        [[0.3, 0.25, 0.5, -0.1, 0.7, 0.2, 0.05], [0.4, 0.1]],
+        [[0.5, 0.5, 0.5, 0.5, -0.5, 0.25], [0.5, 0.0, 0.5]],
+    ],
+)
+def test_drawn_signs_come_near_all_signs(tasks: list[list[float]]) -> None:
+    """Rows that are alike, rows that are not, and both, in tasks of different sizes."""
+    differences = [np.array(rows) for rows in tasks]
+    wanted = trying_every_sign(tasks)
+    tolerance = 4 * math.sqrt(wanted * (1 - wanted) / 20_000)
+    assert sign_flip(differences, flips=20_000) == pytest.approx(wanted, abs=tolerance + 1e-4)
+    assert sign_flip(differences) == sign_flip(differences)
+    assert sign_flip([-d for d in differences]) == sign_flip(differences)
+
+
+def test_drawn_signs_of_no_difference_and_of_a_sure_one() -> None:
+    assert sign_flip([np.zeros(5), np.array([0.25, -0.25])]) == 1.0
+    assert sign_flip([np.full(500, 0.3)], flips=999) == pytest.approx(1 / 1000)
+    draw = np.random.default_rng(0)
+    p_values = [sign_flip([draw.normal(size=60)], flips=199, seed=k) for k in range(200)]
+    assert 0.01 < np.mean(np.array(p_values) <= 0.05) < 0.10  # right under the hypothesis
 
 
 def test_large_and_one_sided_counts() -> None:
