@@ -50,8 +50,10 @@ class RankMemory:
     """Peak while tasks are scored."""
     step: float
     """Peak in a training step."""
+    start: float
+    """Peak when the engine takes the model over: whole, at ZeRO 3 too, which cuts it there."""
     peak: float
-    """Highest moment: of a training step, of a pass, of scoring."""
+    """Highest moment: of the start, of a training step, of a pass, of scoring."""
 
 
 def rank_memory(
@@ -61,6 +63,7 @@ def rank_memory(
     accumulation: int,
     trace: Trace,
     cost: MethodCost,
+    running: float,
     device: str,
 ) -> RankMemory:
     """The memory of one rank.
@@ -72,6 +75,7 @@ def rank_memory(
         accumulation: Micro-batches per step.
         trace: Of the largest micro-batch, with `scoring` of the largest scoring batch.
         cost: The method's, at this task.
+        running: Bytes alive in a micro-batch of the method's passes.
         device: `cpu` or `cuda`: their AdamW kernels need different scratch.
     """
     adam = plan.config.train.optimizer == "adamw"
@@ -85,15 +89,13 @@ def rank_memory(
     # The backward holds the activations at its beginning and the gradients at its end. The bucket
     # comes with the first gradient, when what the output head needed is free again.
     bucket = held.bucket if stage in (1, 2) else 0.0
-    start = max(trace.activations, trace.held + bucket) + held.gathered + held.earlier_gradients
-    step = max(start, held.backward, held.update)
+    begun = max(trace.activations, trace.held + bucket) + held.gathered + held.earlier_gradients
+    step = max(begun, held.backward, held.update)
     passes = held.static + moments + cost.between_bytes + cost.pass_bytes
     if cost.pass_bytes:
-        running = trace.activations if cost.gradient_rows else trace.scoring
-        if cost.one_by_one:  # its own gradients are counted with the pass
-            running = trace.held
         passes += running + held.gathered
     scoring = held.static + moments + cost.between_bytes + trace.scoring + held.gathered
+    start = float(plan.whole_bytes)
     return RankMemory(
         zero_stage=0 if stage is None else stage,
         weights=held.weights,
@@ -105,7 +107,8 @@ def rank_memory(
         passes=passes if cost.pass_bytes else 0.0,
         scoring=scoring,
         step=always + step,
-        peak=max(always + step, passes, scoring),
+        start=start,
+        peak=max(start, always + step, passes, scoring),
     )
 
 

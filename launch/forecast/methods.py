@@ -153,8 +153,8 @@ def _ewc(where: Situation) -> MethodCost:
         after_bytes=kept,
         step_bytes=before,
         saved_bytes=2.0 * weights,
-        # The sum of squares and a gradient, in two parts where two layers share a weight.
-        pass_bytes=weights + 2.0 * FP32 * max(where.plan.trained, default=0),
+        # The sum of squares; the trace of a row has the gradient in the making.
+        pass_bytes=weights,
         gradient_rows=where.capped(where.settings.fisher_rows),
         one_by_one=True,
     )
@@ -269,7 +269,8 @@ def _lora_subtraction(where: Situation) -> MethodCost:
     triplet = (settings.triplet > 0 or settings.ncm) and where.classes > 0
     width = max(layer.columns for layer in where.plan.layers)
     prototypes = float(FP32 * where.classes * width) if triplet else 0.0
-    rows = where.rows if triplet else 0
+    # Prototypes are one pass; counting what lies nearest to them, another.
+    rows = where.rows * (1 + settings.ncm) if triplet else 0
     if not where.index:
         return MethodCost(after_bytes=prototypes, saved_bytes=prototypes, forward_rows=float(rows))
     sizes = where.inputs()

@@ -129,7 +129,7 @@ def forecast_recipe(
     if tasks is None:
         tasks = [read_rows(config, task, index) for index, task in enumerate(prepared.tasks)]
     plan = ModelPlan.of(config, prepared.model_path, place.device)
-    forecaster = Forecaster(plan, tasks, place.world)
+    forecaster = Forecaster(plan, tasks, place.world, place.procs)
     speed = choose_speed(place, forecaster, say, measure=measure)
     found = forecaster.forecast(speed)
     return found if speed is None else replace(found, notes=[*place.notes(), *found.notes])

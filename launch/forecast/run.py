@@ -78,6 +78,8 @@ class RunForecast:
     stages: list[StageForecast]
     traffic_bytes: dict[str, float]
     """ZeRO stage -> bytes that a rank sends in a step."""
+    load_bytes: float
+    """In a node's host memory at the start: each of its processes loads the whole model."""
     untrained_scoring_seconds: float | None
     untrained_scoring_most_seconds: float | None
     scoring: list[TaskScoring]
@@ -120,18 +122,22 @@ class RunForecast:
 class Forecaster:
     """Forecasts the runs of one recipe."""
 
-    def __init__(self, plan: ModelPlan, tasks: Sequence[TaskRows], world: int) -> None:
+    def __init__(
+        self, plan: ModelPlan, tasks: Sequence[TaskRows], world: int, procs: int | None = None
+    ) -> None:
         """Put the parts together.
 
         Args:
             plan: The model, with the recipe.
             tasks: The rows, task by task.
             world: Ranks in all.
+            procs: Ranks of a node; default: all.
         """
         self.plan = plan
         self.tracer = Tracer(plan)
         self.tasks = list(tasks)
         self.world = world
+        self.procs = procs or world
         train = plan.config.train
         self.accumulation = accumulation(train.global_batch_size, train.micro_batch_size, world)
         share = batch_share(train.global_batch_size, world)
@@ -213,12 +219,30 @@ class Forecaster:
         trace = self.tracer.trace(self.largest(self.tasks[index]))
         scoring = max(self.tracer.scoring(self.scored(task)) for task in self.seen(index))
         trace = replace(trace, scoring=scoring)
+        running = self.running(self.tasks[index], cost)
+        device = self.plan.device
         return [
             rank_memory(
-                self.plan, stage, self.world, self.accumulation, trace, cost, self.plan.device
+                self.plan, stage, self.world, self.accumulation, trace, cost, running, device
             )
             for stage in self.stages
         ]
+
+    def running(self, task: TaskRows, cost: MethodCost) -> float:
+        """Bytes alive in a micro-batch of the method's passes over a task."""
+        shape = self.largest(task)
+        if cost.one_by_one:
+            shape = replace(shape, rows=1)
+        if cost.gradient_rows:
+            return self._passes.trace(shape).activations
+        return self.tracer.scoring(shape) if cost.forward_rows else 0.0
+
+    @cached_property
+    def _passes(self) -> Tracer:
+        """Traces passes with gradients; they need no model of their own where A is trained."""
+        method = self.plan.method
+        alone = method.trains == "factors" and not method.trainable("A")
+        return Tracer(self.plan, inputs=True) if alone else self.tracer
 
     def wire(self, stage: int | None) -> float:
         """Bytes that a rank sends in a step."""
@@ -254,6 +278,7 @@ class Forecaster:
             traffic_bytes={
                 "plain" if stage is None else str(stage): self.wire(stage) for stage in self.stages
             },
+            load_bytes=float(self.procs * self.plan.whole_bytes),
             untrained_scoring_seconds=None if speed is None else _seconds(ahead),
             untrained_scoring_most_seconds=None if speed is None else _most_seconds(ahead),
             scoring=scoring,
@@ -334,7 +359,10 @@ class Forecaster:
                 "the recipe and the layout"
             )
         if self.plan.device == "cuda":
-            notes.append("the GPU's own context (0.3 to 0.8 GiB) comes on top of the memory")
+            notes.append(
+                "the GPU's own context (0.3 to 0.8 GiB) comes on top of the memory; `fits into` "
+                "leaves room for it"
+            )
         return notes
 
     def _beside_notes(self, speed: Speed) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.full import FullModel, trained_precision
-from accrete.pipeline.models.load import DROPOUTS, base_dtype
+from accrete.pipeline.models.load import DROPOUTS, base_dtype, keep_no_cache
 from accrete.pipeline.models.lora import AdaptedModel
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class ModelPlan:
             except ValueError:  # not every architecture has every kind of attention
                 base = family.from_config(settings, dtype=self.dtype, attn_implementation="eager")
             base.requires_grad_(False)
-            base.config.use_cache = False
+            keep_no_cache(base)
             if self.config.model.gradient_checkpointing:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = (
@@ -172,6 +172,11 @@ class ModelPlan:
             for p in self.adapted.module.parameters()
             if not p.requires_grad
         ]
+
+    @property
+    def whole_bytes(self) -> int:
+        """All parameters in their precision, the adapter's included."""
+        return FP32 * sum(self.trained) + sum(count * size for count, size in self.frozen)
 
     @cached_property
     def base_parameters(self) -> int:

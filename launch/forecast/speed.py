@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ ASSUMED_GPU_EIGEN = 200e9
 small parts."""
 SMALL_CALLS = 100
 READ_ROWS = 4096
+MIG_SLICES = 7
 STARTS_PER_CALL = 4.0
 """A kernel inside a model is taken to start in so many times the time of a bare call: modules,
 views and autograd come with it."""
@@ -57,6 +59,7 @@ GPUS = {
         Gpu("a100-80", 312e12, 19.5e12, 80, 300e9, 2039e9),
         Gpu("a100-40", 312e12, 19.5e12, 40, 300e9, 1555e9),
         Gpu("l40s", 362e12, 91.6e12, 48, 32e9, 864e9),
+        Gpu("l40", 181e12, 90.5e12, 48, 32e9, 864e9),
         Gpu("l4", 121e12, 30.3e12, 24, 32e9, 300e9),
         Gpu("a10", 125e12, 31.2e12, 24, 32e9, 600e9),
         Gpu("rtx4090", 165e12, 82.6e12, 24, 32e9, 1008e9),
@@ -81,13 +84,36 @@ def find_gpu(name: str) -> Gpu:
 
 
 def gpu_here() -> Gpu | None:
-    """This machine's GPU in the table, by its name."""
+    """This machine's GPU in the table, by its name, with the memory that it has."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    near = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name]
-    exact = [gpu for gpu in near if all(part in name for part in gpu.name.split("-"))]
-    return max(exact or near, key=lambda gpu: len(gpu.name), default=None)
+    gpu = gpu_by_name(torch.cuda.get_device_name())
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return None if gpu is None else replace(gpu, gib=size / 2**30)
+
+
+def gpu_by_name(name: str) -> Gpu | None:
+    """The GPU of the table that a driver's name means, word by word; a MIG slice has its share."""
+    whole, _, part = name.lower().partition(" mig ")
+    words = re.findall("[a-z0-9]+", re.sub(r"rtx[ -](?=\d)", "rtx", whole))
+    known = {word.removesuffix("gb") for word in words}
+    near = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in known]
+    if not near or "laptop" in known:
+        return None
+    exact = [gpu for gpu in near if known.issuperset(gpu.name.split("-"))]
+    gpu = max(exact or near, key=lambda gpu: len(gpu.name))
+    return _slice(gpu, int(part[0])) if part[:1].isdigit() else gpu
+
+
+def _slice(gpu: Gpu, count: int) -> Gpu:
+    share = count / MIG_SLICES
+    return replace(
+        gpu,
+        name=f"{gpu.name} MIG {count}g",
+        bf16=gpu.bf16 * share,
+        fp32=gpu.fp32 * share,
+        memory=gpu.memory * share,
+    )
 
 
 @dataclass(frozen=True)

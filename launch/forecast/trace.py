@@ -2,13 +2,13 @@
 
 The very modules of a run are called on fake tensors, which have shapes and no memory, so whatever
 an architecture does is counted, not guessed. Long stacks are traced with two and three blocks and
-continued: all blocks of a stack are alike.
+continued, as all blocks of a stack are alike; whole where few blocks do not show the peak of many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from accrete.pipeline.stage import aligned_logits, row_losses
 
 SHORT = 4
 """Stacks of at most so many blocks are traced whole."""
+UNSETTLED = 0.01
+"""Share of the model and its activations that short stacks may leave open."""
 _aten = torch.ops.aten
 
 
@@ -101,12 +103,21 @@ class Trace:
 class Tracer:
     """Traces micro-batches of one model; every shape once."""
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelPlan, inputs: bool = False) -> None:
+        """Trace the model of a recipe.
+
+        Args:
+            plan: The model.
+            inputs: Every adapted layer's input waits for the backward, as where A is trained: so it
+                is in a method's passes with gradients, whatever the method trains.
+        """
         self._plan = plan
+        self._inputs = inputs
         self._depth = depth(plan.settings)
         self._models: dict[tuple[int, ...], tuple[Any, Any]] = {}
         self._known: dict[BatchShape, Trace] = {}
         self._scored: dict[BatchShape, float] = {}
+        self._whole = max(self._depth) <= SHORT
 
     def trace(self, shape: BatchShape) -> Trace:
         """Forward and backward of a micro-batch."""
@@ -122,21 +133,30 @@ class Tracer:
         return self._scored[shape]
 
     def _continued(self, run: Callable[[tuple[int, ...]], Trace]) -> Trace:
-        """The whole stack's trace from those of short ones."""
-        if max(self._depth) <= SHORT:
+        """The whole stack's trace from those of short ones, if they show its peak."""
+        if self._whole:
             return run(self._depth)
         start = tuple(min(2, size) for size in self._depth)
         base = run(start)
-        total = base
+        total, most = base, base.activations
         for place, size in enumerate(self._depth):
             if size > start[place]:
                 longer = tuple(b + (i == place) for i, b in enumerate(start))
-                total = total + (run(longer) + base * -1.0) * (size - start[place])
-        return total
+                blocks = (run(longer) + base * -1.0) * (size - start[place])
+                total, most = total + blocks, most + blocks.held
+        # A block adds at most what it holds. It adds less while the peak comes at another moment,
+        # such as when a tied embedding's gradient is made; from how many blocks on is not known.
+        least = max(total.activations, total.held)
+        if most - least > UNSETTLED * (most + self._plan.whole_bytes):
+            self._whole = True  # and for other batches, which rarely differ in this
+            return run(self._depth)
+        return replace(total, activations=max(least, most))
 
     def _model(self, blocks: tuple[int, ...]) -> tuple[Any, Any]:
         if blocks not in self._models:
             adapted = self._plan.build(blocks=blocks)
+            if self._inputs:
+                adapted.parameters()
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             with mode:
                 _give_fake_weights(adapted.module)

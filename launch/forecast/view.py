@@ -13,6 +13,8 @@ from rich.text import Text
 from accrete.pipeline.progress import format_count, format_duration
 
 GIB = 2**30
+CONTEXT = 0.8
+"""GiB that a GPU's own context may take beside PyTorch's memory."""
 PARTS = ("weights", "gradients", "moments", "activations", "method", "buffers")
 
 
@@ -78,10 +80,13 @@ def _memory(forecast: Mapping[str, Any], fits: float | None) -> Table:
     if any(peak["passes"] for peak in peaks):
         table.add_row("peak of the method's passes", *(_gib(peak["passes"]) for peak in peaks))
     table.add_row("peak of scoring", *(_gib(peak["scoring"]) for peak in peaks))
+    if any(peak["start"] == peak["peak"] for peak in peaks):
+        table.add_row("peak at the start (whole model)", *(_gib(peak["start"]) for peak in peaks))
     table.add_row("peak", *(_gib(peak["peak"]) for peak in peaks), style="bold")
     if fits is not None:
-        answers = ("yes" if peak["peak"] < fits * GIB else "no" for peak in peaks)
-        table.add_row(f"fits into {fits:g}", *answers)
+        room = (fits - CONTEXT) * GIB
+        answers = ("yes" if peak["peak"] < room else "no" for peak in peaks)
+        table.add_row(f"fits into {fits:.3g}", *answers)
     table.add_row("sent in a step", *(_gib(forecast["traffic_bytes"][name]) for name in names))
     return table
 
@@ -114,6 +119,11 @@ def _summary(forecast: Mapping[str, Any]) -> list[str]:
                 f"time if no decoded answer ends before its limit: {about}"
                 f"{format_duration(forecast['most_seconds'])}"
             )
+    if forecast["device"] == "cuda":
+        lines.append(
+            f"host memory of a node: at least {_gib(forecast['load_bytes'])} GiB at the start, as "
+            "every process loads the whole model"
+        )
     lines.append(
         f"disk: run folder up to {_gib(disk['run_folder'])} GiB (adapters {_gib(disk['adapters'])},"
         f" checkpoints {_gib(disk['checkpoints'] + disk['step_checkpoints'])}), prepared rows "

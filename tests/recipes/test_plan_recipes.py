@@ -51,11 +51,10 @@ def shared_traces() -> Iterator[None]:
     """Recipes of one model, adapter and method share their traces, which take most of the time."""
     known: dict[str, Tracer] = {}
 
-    def tracer(plan: ModelPlan) -> Tracer:
+    def tracer(plan: ModelPlan, inputs: bool = False) -> Tracer:
         config = plan.config
-        return known.setdefault(
-            repr((config.model, config.adapter, config.method, plan.device)), Tracer(plan)
-        )
+        key = repr((config.model, config.adapter, config.method, plan.device, inputs))
+        return known.setdefault(key, Tracer(plan, inputs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("accrete.launch.forecast.run.Tracer", tracer)

@@ -52,6 +52,24 @@ def test_costs_by_hand() -> None:
     assert method_cost(situation(limited, 1)).gradient_rows == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"triplet": 0.0}, (0, 1)),
+        ({}, (1, 2)),
+        ({"triplet": 0.0, "ncm": True}, (2, 3)),
+        ({"ncm": True}, (2, 3)),
+    ],
+)
+def test_forward_passes_of_lora_subtraction(
+    settings: dict[str, Any], passes: tuple[int, int]
+) -> None:
+    """From the second task on one for the space; at a task's end prototypes, and `ncm`'s own."""
+    plan = model_plan("llama", "lora_subtraction", method_settings=settings)
+    rows = tuple(method_cost(situation(plan, index)).forward_rows for index in (0, 1))
+    assert rows == tuple(20 * count for count in passes)
+
+
 def test_a_method_of_ones_own_is_said_to_be_unknown(tmp_path: Any) -> None:
     file = tmp_path / "own.py"
     file.write_text(
