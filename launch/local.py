@@ -18,6 +18,7 @@ from enum import IntEnum
 from types import FrameType
 from typing import IO
 
+from accrete.launch.cluster.contract import usable_cores
 from accrete.launch.failures import Failure, LaunchError, explain, read_failure
 from accrete.pipeline.run_dir import RunDir
 
@@ -57,14 +58,10 @@ def worker_environment(procs: int, device: str, base: Mapping[str, str]) -> dict
     )
     environment[PARENT_VARIABLE] = str(os.getpid())
     # PyTorch would start one thread per core in every process, and they would fight for the cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // procs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // procs)))
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _free_port() -> int:

@@ -137,6 +137,8 @@ class RunDir:
     def check_free(self) -> None:
         """Make sure that a new run can be written here.
 
+        What a launcher rendered, and the logs of attempts that never got as far as a run, may stay.
+
         Raises:
             RunFolderError: The folder holds a run or anything else.
         """
@@ -149,7 +151,7 @@ class RunDir:
             raise RunFolderError(
                 f"{self.path}: a file of this name exists; give another --run-dir."
             )
-        if self.path.is_dir() and any(entry != self.launch for entry in self.path.iterdir()):
+        if self.path.is_dir() and set(self.path.iterdir()) - {self.launch, self.logs}:
             raise RunFolderError(
                 f"{self.path}: the folder is not empty and is not a run; give another --run-dir."
             )

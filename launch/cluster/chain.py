@@ -34,8 +34,6 @@ def submit_next(folder: RunDir, options: Sequence[str]) -> str:
     Raises:
         SlurmError: Slurm refuses it.
     """
-    # sbatch hands this job's variables on, and Slurm sets this one only where a job was requeued.
-    os.environ.pop("SLURM_RESTART_COUNT", None)
     job = slurm.submit(folder.launch / slurm.SCRIPT, options)
     attempts.note_queued(folder, job)
     return job
@@ -43,9 +41,20 @@ def submit_next(folder: RunDir, options: Sequence[str]) -> str:
 
 def go_on(folder: RunDir) -> int:
     """A new job for the run, after the one that this is called in."""
-    job = submit_next(folder, [f"--dependency=afterany:{os.environ['SLURM_JOB_ID']}"])
+    job = submit_next(folder, [f"--dependency=afterany:{_this_job()}"])
     _say(f"requeueing is forbidden here: job {job} goes on")
     return BEGIN
+
+
+def _this_job() -> str:
+    """The job that this is called in; an element of an array by its place.
+
+    By its number alone Slurm takes one of the elements for the whole array.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def await_parent(folder: RunDir, seconds: float = VISIBLE_S) -> int:

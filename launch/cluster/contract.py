@@ -25,6 +25,8 @@ EXPECTED_WORLD = "ACCRETE_WORLD_SIZE"
 """Processes in all: a worker that finds another WORLD_SIZE was started wrongly, and ends."""
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What torchrun passes on to the workers: SIGUSR1 and SIGTERM make them save and leave."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The network interface, in the words of the two libraries."""
 FIRST_PORT, PORTS = 20000, 12000
 """Rendezvous ports: below those that Linux gives to outgoing connections."""
 
@@ -107,15 +109,17 @@ def node_environment(
         place: The node's place.
         cluster: The cluster's settings.
         interface: The network interface to bind to, if it is known.
-        base: What the launcher left there; the cluster's own `env` wins over everything.
+        base: What the launcher left there. An interface that it names is kept unless the cluster's
+            settings name one; their own `env` wins over everything.
     """
     found = {**base, **place.to_environment()}
     found[EXPECTED_WORLD] = str(place.world)
     found.update(_library_switches(cluster, place.procs_per_node, base))
     found.update(node_local_folders(cluster, base))
     if interface is not None:
-        found["GLOO_SOCKET_IFNAME"] = interface
-        found["NCCL_SOCKET_IFNAME"] = interface
+        chosen = cluster.network.interface is not None
+        kept = [] if chosen else [name for name in INTERFACES if base.get(name)]
+        found.update({name: interface for name in INTERFACES if name not in kept})
     return {**found, **cluster.storage.cache_variables(), **cluster.env}
 
 
@@ -127,8 +131,8 @@ def _library_switches(
         "TQDM_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
-        # A core for each process, unless someone has said otherwise.
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // procs)),
+        # The cores shared out among the processes, unless someone has said otherwise.
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // procs)),
         "NCCL_DEBUG": "WARN",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -139,6 +143,33 @@ def _library_switches(
     if cluster.device == "cpu":
         found["DS_ACCELERATOR"] = "cpu"
     return found
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process can use: those it may run on, or a container's quota if less.
+
+    Args:
+        cgroup: Where the control groups are mounted; in a container it shows the container's own.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(cgroup)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Cores' worth of time that the control group may spend; None where nothing limits it."""
+    files = (
+        [cgroup / "cpu.max"],
+        [cgroup / "cpu" / f"cpu.cfs_{x}_us" for x in ("quota", "period")],
+    )
+    for version in files:
+        try:
+            words = " ".join(file.read_text(encoding="ascii") for file in version).split()
+            quota, period = (int(word) for word in words)
+        except (OSError, ValueError):  # another version of the groups, or no limit: `max`
+            continue
+        return quota / period if quota > 0 and period > 0 else None
+    return None
 
 
 def node_local_folders(cluster: ClusterConfig, base: Mapping[str, str]) -> dict[str, str]:

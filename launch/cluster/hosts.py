@@ -7,6 +7,7 @@ the node ends its processes by itself. So nothing is ever left behind, and no da
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -24,10 +25,13 @@ from accrete.launch.cluster.rendering import render_template
 from accrete.launch.cluster.request import LaunchRequest, shell_line
 from accrete.launch.cluster.settings import ClusterConfig
 from accrete.launch.local import PARENT_VARIABLE
-from accrete.pipeline.errors import ConfigError
+from accrete.pipeline.errors import ConfigError, RunFolderError
 
 LEAVE_S = 30
 """Seconds that a node's processes have when there is nothing left to save."""
+LOCK = "hosts.lock"
+LOCK_HELD = 9
+"""Status of `flock` where somebody else has the lock; any other one means that it cannot tell."""
 PATIENCE_S = 30
 """Seconds for the other nodes to end by themselves, once one has failed."""
 _HOST = re.compile(r"[\w.@:%\[\]-]+", re.ASCII)
@@ -57,6 +61,8 @@ def _hosts_script(request: LaunchRequest) -> str:
     verdict = [sys.executable, *request.verdict_command()[1:]]
     return render_template(
         "hosts.sh",
+        lock=LOCK,
+        lock_held=LOCK_HELD,
         title=request.recipe.name,
         nodes=cluster.nodes,
         procs_per_node=cluster.procs_per_node,
@@ -79,6 +85,7 @@ def _node_script(request: LaunchRequest) -> str:
     digest = hashlib.sha256(str(request.run_dir).encode()).hexdigest()[:8]
     return render_template(
         "hosts_node.sh",
+        lock_held=LOCK_HELD,
         procs_per_node=cluster.procs_per_node,
         working_dir=Path.cwd(),
         setup=cluster.setup,
@@ -233,6 +240,27 @@ def _common_slots(path: Path, slots: dict[str, int | None], asked: int | None) -
             f"runs as many processes. Give --procs-per-node {min(known.values())}."
         )
     return next(iter(known.values()), None)
+
+
+def require_idle(request: LaunchRequest) -> None:
+    """Make sure that no `hosts.sh` is at work on this run.
+
+    Raises:
+        RunFolderError: One is.
+    """
+    path = request.launch_dir / LOCK
+    if not path.exists():
+        return
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{request.run_dir}: a hosts.sh is at work on this run already. Wait for it, or "
+                "stop it (Ctrl-C, or SIGTERM)."
+            ) from None
+        except OSError:
+            pass  # a file system without locks: hosts.sh warns of it
 
 
 def start(request: LaunchRequest) -> int:

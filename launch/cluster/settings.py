@@ -80,12 +80,12 @@ class SlurmConfig:
     constraint: str | None = None
     """Node features, such as `a100`."""
     cpus_per_proc: Count | None = None
-    """Cores for each process; null: what the cluster gives."""
+    """Cores for each process; null: what the cluster gives, which may be one for the whole node."""
     memory: str | None = None
     """Memory of a node, such as `200G`; `0`: all of it; null: what the cluster gives."""
     gpus: str | None = None
     """GPUs of a node, in Slurm's words (`8`, `a100:8`); null: one for each process where
-    `device` is cuda, or where it is auto and the cluster has GPUs."""
+    `device` is cuda, or where it is auto and the partition has GPUs."""
     exclusive: bool = False
     """Take whole nodes."""
     array_limit: Count | None = None
@@ -170,7 +170,8 @@ class ClusterConfig:
     python: str | None = None
     """Interpreter on the nodes; null: the path of the one that submits."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the start on each node, such as `module load cuda`."""
+    """Shell lines before the start on each node, such as `module load cuda`. Slurm's script, which
+    decides what follows, runs them as well: twice on the first node."""
     env: dict[str, str] = field(default_factory=dict)
     """Further environment variables on all nodes, such as `NCCL_IB_HCA`."""
     network: NetworkConfig = field(default_factory=NetworkConfig)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accrete.launch.cluster import attempts
 from accrete.launch.cluster.contract import FIRST_PORT, PORTS
 from accrete.launch.cluster.rendering import render_template
 from accrete.launch.cluster.request import LaunchRequest, shell_line
+from accrete.launch.cluster.settings import SlurmConfig
 from accrete.pipeline.errors import InputError, RunFolderError
 
 SCRIPT = "job.sbatch"
 CHAIN_MODULE = "accrete.launch.cluster.chain"
 PATIENCE_S = 60.0
 """For Slurm's own commands."""
+_GPU = re.compile(r"(^|,)gpu([:(,]|$)")
+"""One of the resources that a node has: `lscratch:800,gpu:a100:8(S:0,1)`."""
+_PARTITION = re.compile(r"^\s*(?:--partition[=\s]|-p)\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
+_OF_THIS_JOB = re.compile(r"SLURM_(ARRAY_|RESTART_COUNT$)")
+_BECOME_NODE = 'export NODE_RANK="$SLURM_NODEID"; exec "$@"'
 
 
 class SlurmError(InputError):
@@ -37,7 +45,7 @@ def start(request: LaunchRequest) -> int:
         RunFolderError: A job for this run is queued already.
     """
     require_slurm(request.launch_dir / SCRIPT)
-    require_not_queued(request)
+    require_idle(request)
     require_enough_nodes(request)
     script = request.launch_dir / SCRIPT
     job = submit(script)
@@ -53,10 +61,18 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     Raises:
         SlurmError: There is no Slurm here, or it refuses the job.
     """
-    done = _call(["sbatch", "--parsable", *options, str(script)])
+    done = _call(["sbatch", "--parsable", *options, str(script)], _own_environment())
     if done.returncode != 0:
         raise SlurmError(f"sbatch refused the job: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
+
+
+def _own_environment() -> dict[str, str]:
+    """What a new job gets of this one's environment: not its place in an array, nor its restarts.
+
+    sbatch hands them on, and Slurm sets them anew only for an element, or where a job was requeued.
+    """
+    return {name: value for name, value in os.environ.items() if not _OF_THIS_JOB.match(name)}
 
 
 def require_slurm(script: Path) -> None:
@@ -72,7 +88,7 @@ def require_slurm(script: Path) -> None:
         )
 
 
-def require_not_queued(request: LaunchRequest) -> None:
+def require_idle(request: LaunchRequest) -> None:
     """Make sure that Slurm does not hold a job of this run.
 
     Raises:
@@ -106,12 +122,15 @@ def job_state(job: str) -> str | None:
 def require_enough_nodes(request: LaunchRequest) -> None:
     """Make sure that the partition has as many nodes as are asked for.
 
-    Slurm itself queues such a job as a rule, and it waits for ever.
+    Slurm itself queues such a job as a rule, and it waits for ever. Where the partition is named
+    past `slurm.partition` nothing is asked: such words may say more than one.
 
     Raises:
         SlurmError: It has not.
     """
     wanted = request.cluster.slurm.partition
+    if _partition(request.cluster.slurm) != wanted:
+        return
     where = ["--partition", wanted] if wanted else []
     done = _call(["sinfo", "--noheader", "--format", "%P %D", *where])
     found: dict[str, int] = {}
@@ -171,17 +190,35 @@ def _gpus(request: LaunchRequest) -> str | None:
     if request.cluster.slurm.gpus is not None:
         return request.cluster.slurm.gpus
     device = request.recipe.config.engine.device
-    if device == "cuda" or (device == "auto" and _cluster_has_gpus()):
+    if device == "cuda" or (device == "auto" and _has_gpus(_partition(request.cluster.slurm))):
         return str(request.procs_per_node)
     return None
 
 
-def _cluster_has_gpus() -> bool:
-    """Whether Slurm knows of GPUs on any node; False without Slurm on this machine."""
+def _partition(slurm: SlurmConfig) -> str | None:
+    """The partition in force: sbatch takes its variable before what a script says, and there the
+    last word; None: the default one.
+    """
+    found = _PARTITION.findall("\n".join(slurm.options))
+    return os.environ.get("SBATCH_PARTITION") or (found[-1] if found else slurm.partition)
+
+
+def _has_gpus(partition: str | None) -> bool:
+    """Whether Slurm knows of GPUs on any node of a partition; False without Slurm here.
+
+    Args:
+        partition: Its name, or several with commas; None: the default one.
+    """
     if shutil.which("sinfo") is None:
         return False
-    done = _call(["sinfo", "--noheader", "--format", "%G"])
-    return any(line.startswith("gpu") for line in done.stdout.split())
+    where = ["--partition", partition] if partition else []
+    done = _call(["sinfo", "--noheader", "--format", "%P %G", *where])
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return any(
+        _GPU.search(words[-1]) is not None
+        for words in lines
+        if len(words) == 2 and (partition or words[0].endswith("*"))
+    )
 
 
 def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
@@ -200,6 +237,7 @@ def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
         python=request.python,
         time_s=request.time_s or 0,
         setup=request.cluster.setup,
+        on_node="\n".join([*request.cluster.setup, _BECOME_NODE]),
         port=request.cluster.network.port,
         first_port=FIRST_PORT,
         ports=PORTS,
@@ -211,10 +249,17 @@ def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
     )
 
 
-def _call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _call(
+    command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(

@@ -8,7 +8,9 @@ was cancelled. One line on stdout says why.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -22,11 +24,25 @@ from accrete.pipeline.run_dir import RunDir
 Ending = Literal["none", "limit", "cancel"]
 """What the launcher itself noticed: nothing, an approaching time limit, a wish to stop."""
 
-_LOST_PEER = (
-    *("connection closed by peer", "connection reset by peer", "connection refused"),
-    *("broken pipe", "timed out", "timeout", "socket", "store", "heartbeat", "nccl", "gloo"),
+_PEER_KINDS = {
+    *("RuntimeError", "OSError", "TimeoutError", "EOFError", "BrokenPipeError"),
+    *("ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"),
+    *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError"),
+}
+"""Errors with which a rank ends whose peers have gone; any other one is its own."""
+_LOST_PEER = re.compile(
+    r"\b(connection (was |likely )*(closed|reset|refused)|broken pipe|timed out|timeout|heartbeat"
+    r"|sockets?|(tcp|dist|prefix)?store|nccl|gloo)\b",
+    re.IGNORECASE,
 )
-"""Words in what a rank says whose peers have gone."""
+"""Words in what such a rank says."""
+_OWN = re.compile(
+    r"unable to find (address|interface)|no (socket )?(interface|device) found"
+    r"|nccl\b.* invalid (usage|argument)|cuda (error|failure)|out of memory"
+    r"|no such file|no space left|permission denied|read-only file system",
+    re.IGNORECASE,
+)
+"""What is no peer's fault, though the network's libraries may say it: so would the next attempt."""
 
 
 class Outcome(IntEnum):
@@ -78,15 +94,20 @@ def judge(
     own = [failure for failure in failures if not _is_lost_peer(failure)]
     left = attempts.was_interrupted(folder, start["token"])
     if own and not lost:
-        first = min(own, key=lambda failure: failure.time)
-        return Verdict(outcome=Outcome.FAILED, reason=f"rank {first.rank} failed: {first.message}")
+        return Verdict(outcome=Outcome.FAILED, reason=_first_words(own))
     if left is not None:
         return _again(folder, attempt, retries, left)
     if ending == "limit":
         reason = "the time limit came before the run could say goodbye"
     else:
         reason = f"lost {lost}" if lost else "a process vanished without a word"
-    return _again(folder, attempt, retries, reason)
+    said = f" ({_first_words(failures)})" if failures else ""
+    return _again(folder, attempt, retries, reason + said)
+
+
+def _first_words(failures: Sequence[Failure]) -> str:
+    first = min(failures, key=lambda failure: failure.time)
+    return f"rank {first.rank} failed: {first.message}"
 
 
 def _again(folder: RunDir, attempt: str, retries: int, reason: str) -> Verdict:
@@ -114,8 +135,9 @@ def _failures(folder: RunDir, since: float) -> list[Failure]:
 
 
 def _is_lost_peer(failure: Failure) -> bool:
-    text = failure.message.lower()
-    return not failure.expected and any(word in text for word in _LOST_PEER)
+    if failure.expected or failure.kind not in _PEER_KINDS or _OWN.search(failure.message):
+        return False
+    return _LOST_PEER.search(failure.message) is not None
 
 
 def conclude(

@@ -12,7 +12,7 @@ from accrete.launch.completion import complete_recipe
 from accrete.pipeline.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
     from accrete.launch.cluster.request import LaunchRequest
@@ -92,7 +92,7 @@ def slurm(
         _sweep(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster, dry_run, sweep)
         return
     request = _request(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster)
-    _launch(request, launcher.render(request), dry_run, launcher.start)
+    _launch(request, launcher, dry_run, launcher.require_idle)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def hosts(
         return _fill_in(launcher, settings) if dry_run else settings
 
     request = _request(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster, add_hosts)
-    _launch(request, launcher.render(request), dry_run, launcher.start)
+    _launch(request, launcher, dry_run, launcher.require_idle)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def k8s(
 
     options = (recipe, overrides, nodes, procs_per_node, folder, time, cluster, adapt)
     request = _request(*options, own_caches=False)
-    _launch(request, launcher.render(request), dry_run, launcher.start)
+    _launch(request, launcher, dry_run)  # pods have their own copy of the files
 
 
 def _request(
@@ -198,33 +198,56 @@ def _fill_in(launcher: ModuleType, settings: ClusterConfig) -> ClusterConfig:
 
 def _launch(
     request: LaunchRequest,
-    rendered: dict[str, str],
+    launcher: ModuleType,
     dry_run: bool,
-    start: Callable[[LaunchRequest], int],
+    require_idle: Callable[[LaunchRequest], None] = lambda request: None,
 ) -> None:
-    """Make the folder ready, keep what was rendered, start; or only show it."""
+    """Make the folder ready, keep what is rendered, start; or only show it.
+
+    Args:
+        request: The request.
+        launcher: With `render` and `start`.
+        dry_run: Only show it.
+        require_idle: Refuses where processes of this run may still read the files.
+    """
     from accrete.launch.cluster.request import prepare_run, write_files
 
+    rendered: dict[str, str] = launcher.render(request)
     if dry_run:
-        write_files(request, rendered)
+        if _are_idle([request], require_idle):
+            write_files(request, rendered)
         _show(request.launch_dir, rendered)
         return
     if attempts.has_finished(request.folder):
         typer.echo(f"{request.run_dir}: this run is finished; see {request.folder.report}")
         return
+    require_idle(request)
     made = False
     if request.cluster.prepare == "submit":
         made = prepare_run(request, lambda line: typer.echo(line, err=True))
     write_files(request, rendered)
     attempts.note_submitted(request.folder)
     try:
-        status = start(request)
+        status = launcher.start(request)
     except InputError:
         if made:
             request.folder.discard()
         raise
     if status:
         raise typer.Exit(status)
+
+
+def _are_idle(
+    requests: Sequence[LaunchRequest], require_idle: Callable[[LaunchRequest], None]
+) -> bool:
+    """For --dry-run: whether nothing reads the runs' files; if something may, a word about it."""
+    for request in requests:
+        try:
+            require_idle(request)
+        except InputError as error:
+            typer.echo(f"warning: {error}\n  Nothing is written; a start would use:", err=True)
+            return False
+    return True
 
 
 def _sweep(
@@ -257,19 +280,29 @@ def _sweep(
     for request in requests:
         require_launchable(request)
     rendered = slurm_sweep.render(requests, folder)
+
+    def write() -> None:
+        for request in requests:
+            write_files(request, slurm.render(request))
+        write_scripts(folder / "launch", rendered)
+
+    if dry_run:
+        if _are_idle(requests, slurm.require_idle):
+            write()
+        _show(folder / "launch", rendered)
+        _show(requests[0].launch_dir, slurm.render(requests[0]))
+        return
+    for request in requests:
+        slurm.require_idle(request)
     made = []
     try:
         for request in requests:
-            if not dry_run and settings.prepare == "submit":
-                if prepare_run(request, lambda line: typer.echo(line, err=True)):
-                    made.append(request)
-                attempts.note_submitted(request.folder)
-            write_files(request, slurm.render(request))
-        write_scripts(folder / "launch", rendered)
-        if dry_run:
-            _show(folder / "launch", rendered)
-            _show(requests[0].launch_dir, slurm.render(requests[0]))
-            return
+            if settings.prepare == "submit" and prepare_run(
+                request, lambda line: typer.echo(line, err=True)
+            ):
+                made.append(request)
+            attempts.note_submitted(request.folder)
+        write()
         slurm_sweep.start(requests, folder)
     except InputError:
         for request in made:

@@ -126,7 +126,7 @@ def _take_stand(question: Question) -> _Stand:
         )
     interface = question.cluster.network.interface
     if interface is None and given.nodes > 1:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or find_interface(given.master_addr)
+        interface = find_interface(given.master_addr)
     environment = node_environment(given, question.cluster, interface, environment)
     for name in node_local_folders(question.cluster, os.environ):
         Path(environment[name]).mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,8 @@ def judge_devices(
     machine, found = report["machine"], report["devices"]
     gpus, name = found["gpus"], f"devices{where}"
     if device == "cuda":
-        return [*_gpus(name, found, machine, procs, wants_bf16), _memory(machine, where)]
+        checks = [*_gpus(name, found, machine, procs, wants_bf16), _memory(machine, where)]
+        return [*checks, *_cores(machine["cores"], procs, where)]
     threads = machine["threads"]
     text = (
         f"{machine['cores']} cores ({machine['cpu']}), {procs} process"
@@ -194,6 +195,21 @@ def _gpus(
             )
         )
     return checks
+
+
+def _cores(cores: int, procs: int, where: str) -> list[Check]:
+    """A word where GPUs would wait for processes that share a core."""
+    if cores >= procs:
+        return []
+    return [
+        warning(
+            f"cores{where}",
+            f"{cores} core{'s' if cores > 1 else ''} for {procs} processes",
+            "a core for each process, better several",
+            "ask the scheduler for more: slurm.cpus_per_proc or k8s.cpu in the cluster's settings, "
+            "--cpus-per-task of sbatch",
+        )
+    ]
 
 
 def _memory(machine: dict[str, Any], where: str) -> Check:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from accrete.launch.cluster.contract import usable_cores
 from accrete.launch.environment import hardware, versions
 
 GIB = 2**30
@@ -21,15 +22,15 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 def describe_machine() -> dict[str, Any]:
     """Host, versions, cores, memory; imports nothing heavy."""
-    found = hardware("cpu")
+    found, cores = hardware("cpu"), usable_cores()
     return {
         "host": socket.gethostname(),
         "versions": versions(),
-        "cores": found["cores"],
+        "cores": cores,
         "cpu": found["cpu"],
         "memory_gib": found["memory_gib"],
         "free_memory_gib": _free_memory(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or found["cores"]),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or cores),
         "driver": _driver(),
     }
 

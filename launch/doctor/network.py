@@ -5,11 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 
-from accrete.launch.cluster.contract import Place
+from accrete.launch.cluster.contract import INTERFACES, Place
 from accrete.launch.cluster.network import interface_addresses
 from accrete.launch.doctor.checks import Check, failure, ok, warning
-
-VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def judge_network(
@@ -59,11 +57,11 @@ def _master(place: Place, where: str) -> Check:
 def _interface(environment: Mapping[str, str], addresses: Mapping[str, str], where: str) -> Check:
     name = f"interface{where}"
     there = ", ".join(f"{key} {value}" for key, value in addresses.items())
-    for variable in VARIABLES:
+    for variable in INTERFACES:
         # NCCL takes lists, prefixes and exclusions as well; only a plain name can be judged.
         wanted = environment.get(variable, "")
         if wanted and wanted[0] not in "^=" and "," not in wanted:
-            exact = variable == VARIABLES[0]
+            exact = variable == INTERFACES[0]
             if not any(
                 key == wanted or (key.startswith(wanted) and not exact) for key in addresses
             ):
@@ -73,12 +71,12 @@ def _interface(environment: Mapping[str, str], addresses: Mapping[str, str], whe
                     there or "none has an address",
                     f"set {variable} or network.interface in the cluster's settings",
                 )
-    chosen = environment.get(VARIABLES[0])
+    chosen = environment.get(INTERFACES[0])
     if not chosen:
         return warning(
             name,
             f"none is named, and it cannot be told which one leads to the first node: {there}",
             "one named interface",
-            f"set {' and '.join(VARIABLES)}, or network.interface in the cluster's settings",
+            f"set {' and '.join(INTERFACES)}, or network.interface in the cluster's settings",
         )
     return ok(name, f"{chosen} {addresses.get(chosen, '')}".strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -13,10 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from accrete.launch.cli import app
 from accrete.launch.cluster import hosts
 from accrete.launch.cluster.request import LaunchRequest, make_request, write_files
 from accrete.launch.cluster.settings import ClusterConfig, HostsConfig
+from accrete.pipeline.errors import RunFolderError
 
 SSH = """#!/bin/bash
 # Drops the options, notes the host, and runs the command right here.
@@ -208,6 +212,38 @@ def test_only_one_launcher_at_a_time(tmp_path: Path) -> None:
     assert "another hosts.sh" in said
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_files_of_a_run_at_work_stay_as_they_are(tmp_path: Path, dry_run: bool) -> None:
+    """Its machines read them at every attempt."""
+    stage = Stage(tmp_path, FINISH)
+    launch = stage.request.launch_dir
+    before = {path.name: path.read_text() for path in launch.iterdir()}
+    options = ["--hosts", "one,two", "--run-dir", str(stage.run), *(["--dry-run"] * dry_run)]
+    command = ["launch", "hosts", "quickstart", "train.learning_rate=0.5", *options]
+    with (launch / "hosts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = CliRunner().invoke(app, command)
+    if dry_run:
+        assert done.exit_code == 0
+        assert "nodes=2" in done.stdout
+        assert "a hosts.sh is at work on this run already" in done.stderr
+    else:
+        assert isinstance(done.exception, RunFolderError)
+    assert {x.name: x.read_text() for x in launch.iterdir() if x.suffix != ".lock"} == before
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(9, 2), (1, 0), (127, 0)])
+def test_a_file_system_without_locks(tmp_path: Path, status: int, outcome: int) -> None:
+    """Only a lock that somebody else has is a reason to refuse."""
+    stage = Stage(tmp_path, FINISH)
+    stage._program("bin/flock", f"#!/bin/sh\nexit {status}\n")
+    launcher = stage.start()
+    said, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == outcome, said
+    assert ("another hosts.sh is at work" in said) == (outcome == 2)
+    assert ("warning: " in said and "cannot be locked" in said) == (outcome == 0)
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["silence", "end"])

@@ -230,6 +230,25 @@ def test_a_sweep_learns_common_stages_once(slurm, recipe, require_same, tmp_path
     require_same(last, alone)
 
 
+def test_elements_of_a_sweep_are_interrupted_one_by_one(slurm, recipe, tmp_path):
+    """By its number alone Slurm takes one of the elements for the whole array."""
+    sweep = tmp_path / "sweep"
+    job = slurm.submit(recipe, sweep, "--sweep", "seed=0,1", "--nodes", "1", "--time", "30")
+    runs = [sweep / "seed0", sweep / "seed1"]
+    wait_until(lambda: all(events(run, "step") for run in runs), 120, lambda: story(runs[0]))
+    name = f"slurm-{job.partition('_')[0]}.0"
+    runs.sort(key=lambda run: attempts(run, "begun")[0]["attempt"] != name)
+    first, other = runs
+    assert attempts(first, "begun")[0]["attempt"] == name
+    element = attempts(first, "queued")[0]["job"]
+    slurm.cluster.run("ctl", ["scancel", "--batch", "--signal=USR1", element])
+    ends = [run / "launch" / "finished.json" for run in runs]
+    wait_until(lambda: all(end.exists() for end in ends), 300, lambda: story(first) + story(other))
+    assert [x["outcome"] for x in attempts(first, "judged")] == ["again", "finished"]
+    assert len(attempts(first, "queued")) == 1  # requeued, not followed by another job
+    assert len(attempts(other, "begun")) == 1, story(other)
+
+
 def test_bad_input_is_refused_before_anything_is_queued(slurm, recipe, tmp_path):
     run = tmp_path / "run"
     options = ("--cluster", slurm.settings, "--run-dir", run)

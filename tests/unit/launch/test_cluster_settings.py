@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from accrete.launch.cluster import slurm
 from accrete.launch.cluster.request import engine_overrides, make_request, with_own_caches
 from accrete.launch.cluster.settings import (
     ClusterConfig,
@@ -85,6 +86,10 @@ def test_shipped_clusters(name: str) -> None:
     config = load_cluster(name)
     assert config.description
     assert config.device == ("cpu" if name == "cpu" else "cuda")
+    # Slurm gives a node one core otherwise, for all of its processes.
+    request = make_request("quickstart", [], Path("/shared/runs/one"), config)
+    cores = config.procs_per_node * (1 if name == "cpu" else 4)
+    assert f"#SBATCH --cpus-per-task={cores}\n" in slurm.render(request)["job.sbatch"]
 
 
 def test_what_the_cluster_says_of_the_engine_gives_way_to_the_user(tmp_path: Path) -> None:

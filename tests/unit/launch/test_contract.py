@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from accrete.launch.cluster import node
+from accrete.launch.cluster import contract, node
 from accrete.launch.cluster.contract import (
     Place,
     choose_port,
@@ -19,7 +19,12 @@ from accrete.launch.cluster.contract import (
 )
 from accrete.launch.cluster.join import join_launch
 from accrete.launch.cluster.network import find_interface, interface_addresses
-from accrete.launch.cluster.request import make_request, write_files
+from accrete.launch.cluster.request import (
+    make_request,
+    read_request,
+    require_launchable,
+    write_files,
+)
 from accrete.launch.cluster.settings import ClusterConfig, NetworkConfig, StorageConfig
 from accrete.pipeline.errors import ConfigError, DistributedError, RunFolderError
 from accrete.pipeline.run_dir import RunDir
@@ -60,6 +65,39 @@ def test_every_node_gets_the_same_switches_and_caches_of_its_own(tmp_path: Path)
     assert (found["OMP_NUM_THREADS"], found["NCCL_IB_HCA"]) == ("3", "mlx5")
     for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TMPDIR"):
         assert Path(found[name]).is_relative_to(tmp_path)
+
+
+def test_an_interface_that_was_exported_is_kept() -> None:
+    """As the doctor advises it; the cluster's settings win over it, a guess does not."""
+    exported = {"HOME": "/root", "NCCL_SOCKET_IFNAME": "^docker0", "GLOO_SOCKET_IFNAME": ""}
+
+    def interfaces(network: NetworkConfig, interface: str | None) -> tuple[str, str]:
+        found = node_environment(PLACE, ClusterConfig(network=network), interface, exported)
+        return found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]
+
+    assert interfaces(NetworkConfig(), "eth0") == ("eth0", "^docker0")
+    assert interfaces(NetworkConfig(interface="ib0"), "ib0") == ("ib0", "ib0")
+    assert interfaces(NetworkConfig(), None) == ("", "^docker0")
+
+
+def test_threads_follow_a_containers_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod sees all cores of its node, and may use the time of a few."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert contract.usable_cores(tmp_path) == 64
+    limit = tmp_path / "cpu.max"
+    for text, cores in (("max 100000", 64), ("850000 100000", 8), ("50000 100000", 1)):
+        limit.write_text(f"{text}\n")
+        assert contract.usable_cores(tmp_path) == cores
+    limit.write_text("9900000 100000\n")
+    assert contract.usable_cores(tmp_path) == 64
+    limit.unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for text, cores in (("-1", 64), ("1600000", 16)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{text}\n")
+        assert contract.usable_cores(tmp_path) == cores
+    monkeypatch.setattr(contract, "usable_cores", lambda: 16)
+    assert node_environment(PLACE, ClusterConfig(), None, {})["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -183,3 +221,28 @@ def test_a_node_that_cannot_start_leaves_word(prepared: RunDir, tmp_path: Path) 
     verdict = judge(prepared, "by-hand", retries=2)
     assert verdict.outcome is Outcome.FAILED
     assert "rank 0 failed" in verdict.reason
+    # Mended, the same command goes on in this folder.
+    require_launchable(make_request("quickstart", [], prepared.path, ClusterConfig()))
+
+
+def test_the_first_node_makes_a_folder_that_has_logs_already(
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hosts.sh opens the nodes' logs before the first node makes the run ready."""
+    from accrete.launch import folder, prepare
+
+    prepared.logs.mkdir()
+    (prepared.logs / "node-0.log").write_text("== hosts-1 on one\n")
+    written = []
+    monkeypatch.setattr(prepare, "prepare", lambda *arguments, **options: "prepared")
+    monkeypatch.setattr(folder, "write_start", lambda *arguments: written.append(arguments[2]))
+    node.make_folder(prepared, read_request(prepared.launch))
+    assert written == ["prepared"]
+    assert prepared.stages.is_dir()
+    assert (prepared.logs / "node-0.log").is_file()
+
+
+def test_a_folder_with_anything_else_is_not_free(prepared: RunDir) -> None:
+    (prepared.path / "run.json").touch()
+    with pytest.raises(RunFolderError, match="not empty and is not a run"):
+        prepared.create()

@@ -109,6 +109,7 @@ def test_gpus() -> None:
     assert status(devices("cuda", gpus=[old, old]), "bf16 on devices") is Status.FAILURE
     assert status(devices("cuda", bf16=False, gpus=[old] * 2), "bf16 on devices") is Status.WARNING
     busy = GPU | {"free_gib": 40.0}
+    assert status(devices("cuda", cores=1), "cores") is Status.WARNING
     checks = devices("cuda", gpus=[GPU, busy])
     assert status(checks, "gpu memory on devices") is Status.WARNING
 

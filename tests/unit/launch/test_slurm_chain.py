@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,37 @@ def branch(parent: RunDir, tmp_path: Path) -> RunDir:
     return request.folder
 
 
-def test_the_new_job_is_noted(queue: PaperQueue, parent: RunDir, monkeypatch) -> None:
+def test_the_new_job_is_noted(queue: PaperQueue, parent: RunDir) -> None:
     attempts.note_queued(parent, "7")
     assert chain.go_on(parent) == 0
     assert queue.asked == [(parent.launch / "job.sbatch", ["--dependency=afterany:7"])]
     assert attempts.queued_job(parent) == "101"
-    # The new job has not been requeued; Slurm would leave this job's count in its environment.
-    assert "SLURM_RESTART_COUNT" not in chain.os.environ
+
+
+def test_an_element_of_an_array_is_followed_by_a_job_of_its_own(
+    queue: PaperQueue, parent: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert chain.go_on(parent) == 0
+    assert queue.asked == [(parent.launch / "job.sbatch", ["--dependency=afterany:7_2"])]
+
+
+def test_a_new_job_is_no_element_and_has_not_been_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch would hand it this job's place and count, which its script reads."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv >{tmp_path}/variables\necho '8;cluster'\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_ID"):
+        monkeypatch.setenv(f"SLURM_{name}", "7")
+    assert slurm.submit(tmp_path / "job.sbatch") == "8"
+    given = (tmp_path / "variables").read_text()
+    assert "SLURM_JOB_ID=7" in given
+    assert "SLURM_ARRAY" not in given
+    assert "SLURM_RESTART_COUNT" not in given
 
 
 def test_a_branch_waits_for_its_parents_next_job(

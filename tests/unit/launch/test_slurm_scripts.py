@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from slurm_case import CLUSTER, PaperSlurm, check_shell
 
-from accrete.launch.cli import main
-from accrete.launch.cluster import slurm, slurm_sweep
+from accrete.launch.cluster import slurm
 from accrete.launch.cluster.request import Branch, make_request, write_files
 from accrete.launch.cluster.settings import ClusterConfig, SlurmConfig
-from accrete.launch.cluster.sweep import make_requests, parse_axes, point_name, shared_tasks
-from accrete.pipeline.errors import ConfigError
-
-CLUSTER = ClusterConfig(
-    nodes=2,
-    procs_per_node=8,
-    device="cuda",
-    time="12:00:00",
-    python="/opt/venv/bin/python",
-    setup=["module load cuda"],
-    slurm=SlurmConfig(
-        partition="long",
-        account="me",
-        cpus_per_proc=4,
-        memory="0",
-        exclusive=True,
-        array_limit=3,
-        options=["--mail-type=END"],
-    ),
-)
 
 
-def check_shell(script: str) -> None:
-    """bash reads it; shellcheck, where it is installed, finds nothing."""
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    if shutil.which("shellcheck"):
-        # Functions that only a trap calls; `$` that a node's own shell expands.
-        words = ["shellcheck", "--exclude=SC2317,SC2016", "-"]
-        done = subprocess.run(words, input=script, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout
+@pytest.fixture
+def paper(tmp_path: Path) -> PaperSlurm:
+    return PaperSlurm(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["one", "with a blank", "it's"])
@@ -83,44 +55,66 @@ def test_without_gpus_none_are_asked_for() -> None:
     assert "gpus" not in slurm.render(request)["job.sbatch"]
 
 
-class PaperSlurm:
-    """Commands of Slurm that only write down what they were asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.bin, self.log = folder / "bin", folder / "log"
-        self.bin.mkdir()
-        self.job("RUNNING", restarts=1)
-        for name in ("sbatch", "scancel", "sinfo", "squeue", "srun"):
-            self.write(name, "")
-
-    def job(self, state: str, restarts: int) -> None:
-        """What `scontrol` says of the job."""
-        known = f"JobId=7 JobState={state} Requeue=1 Restarts={restarts} BatchFlag=1"
-        self.write(
-            "scontrol",
-            f'[ "$2" = hostnames ] && printf "n1\\nn2\\n"\n[ "$2" = show ] && echo "{known}"',
-        )
-
-    def write(self, name: str, body: str) -> None:
-        path = self.bin / name
-        path.write_text(f'#!/bin/bash\necho "{name} $*" >>{self.log}\n{body}\nexit 0\n')
-        path.chmod(0o755)
-
-    def environment(self) -> dict[str, str]:
-        return {
-            "PATH": f"{self.bin}:{os.environ['PATH']}",
-            "SLURM_JOB_ID": "7",
-            "SLURM_RESTART_COUNT": "1",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-        }
-
-    def calls(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
+@pytest.mark.parametrize(
+    ("resources", "asked"),
+    [
+        ("gpu:a100:8(S:0-1)", True),
+        ("lscratch:800,gpu:a100:8(S:0,1)", True),
+        ("gpu:8", True),
+        ("gpu", True),
+        ("gpumem:80,gpu-share:2", False),
+        ("fpga:1,nogpu:1", False),
+        ("(null)", False),
+    ],
+)
+def test_gpus_are_asked_for_where_the_partition_has_them(
+    paper: PaperSlurm, monkeypatch: pytest.MonkeyPatch, resources: str, asked: bool
+) -> None:
+    monkeypatch.setenv("PATH", paper.environment()["PATH"])
+    paper.write("sinfo", f"echo 'long* {resources}'")
+    request = make_request("quickstart", [], Path("/shared/runs/one"), ClusterConfig())
+    assert ("--gpus-per-node=1" in slurm.render(request)["job.sbatch"]) == asked
 
 
-@pytest.fixture
-def paper(tmp_path: Path) -> PaperSlurm:
-    return PaperSlurm(tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "variable", "asked"),
+    [
+        ({}, None, False),  # the default partition has none
+        ({"partition": "fat"}, None, True),
+        ({"options": ["--partition=fat"]}, None, True),
+        ({"options": ["--mail-type=END", "-p fat # mine"]}, None, True),
+        ({"options": ["-pfat"], "partition": "thin"}, None, True),
+        ({"options": ["--partition fat"]}, "thin", False),
+        ({}, "fat", True),
+    ],
+)
+def test_the_partition_in_force(
+    paper: PaperSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict,
+    variable: str | None,
+    asked: bool,
+) -> None:
+    """Its nodes have the GPUs; those of another one tell nothing."""
+    monkeypatch.setenv("PATH", paper.environment()["PATH"])
+    if variable:
+        monkeypatch.setenv("SBATCH_PARTITION", variable)
+    else:
+        monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    thin, fat = "echo 'thin* (null)'", "echo 'fat gpu:a100:8'"
+    paper.write(
+        "sinfo",
+        f'case "$*" in *%D*) echo "thin* 1";; *" fat") {fat};; *" thin") {thin};; '
+        f"*) {thin}; {fat};; esac",
+    )
+    cluster = ClusterConfig(nodes=2, slurm=SlurmConfig(**settings))
+    request = make_request("quickstart", [], Path("/shared/runs/one"), cluster)
+    assert ("--gpus-per-node=1" in slurm.render(request)["job.sbatch"]) == asked
+    if variable or "options" in settings:
+        slurm.require_enough_nodes(request)  # one node of another partition is no reason to refuse
+    elif not settings:
+        with pytest.raises(slurm.SlurmError, match="partition thin has 1"):
+            slurm.require_enough_nodes(request)
 
 
 def run_job(
@@ -184,6 +178,78 @@ def test_where_requeueing_is_forbidden_a_new_job_goes_on(paper: PaperSlurm, tmp_
     assert paper.calls()[-1].startswith("python -m accrete.launch.cluster.chain next --run-dir")
 
 
+@pytest.mark.parametrize("element", [0, 1])
+def test_an_element_of_an_array_speaks_of_itself_alone(
+    paper: PaperSlurm, tmp_path: Path, element: int
+) -> None:
+    """By its number alone Slurm takes one of the elements for the whole array."""
+    paper.variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(element)}
+    during = "kill -USR1 $PPID; command sleep 0.3"
+    assert run_job(paper, tmp_path, verdict=75, during=during) == 75
+    about = [x for x in paper.calls() if x.startswith(("scancel", "scontrol --one", "scontrol re"))]
+    assert about == [
+        f"scancel --signal=USR1 7_{element}",
+        f"scontrol --oneliner show job 7_{element}",
+        f"scontrol requeue 7_{element}",
+    ]
+
+
+def answer_late(paper: PaperSlurm, command: str, times: int) -> None:
+    """Let `scontrol` or `scancel` fail at first, as they do where slurmctld is busy."""
+    path, count = paper.bin / command, paper.bin.parent / "asked"
+    known = path.read_text().partition("\n")[2]
+    late = (
+        f'if [[ "$*" = *"show job"* || "$0" = */scancel ]]; then echo >>{count}; '
+        f"[ $(wc -l <{count}) -gt {times} ] || exit 1; fi"
+    )
+    path.write_text(f"#!/bin/bash\n{late}\n{known}")
+
+
+@pytest.mark.parametrize("times", [2, 100])
+def test_no_answer_is_not_taken_for_one(paper: PaperSlurm, tmp_path: Path, times: int) -> None:
+    """A slurmctld that is busy at the end of an attempt does not end the run."""
+    answer_late(paper, "scontrol", times)
+    assert run_job(paper, tmp_path, verdict=75) == 75
+    assert "scontrol requeue 7" in paper.calls()
+
+
+def test_the_warning_is_passed_on_again(paper: PaperSlurm, tmp_path: Path) -> None:
+    answer_late(paper, "scancel", 2)
+    run_job(paper, tmp_path, verdict=1, during="/bin/sleep 0.3; kill -USR1 $PPID; /bin/sleep 1")
+    assert "scancel --signal=USR1 7" in paper.calls()
+
+
+def test_a_requeue_that_was_done_without_an_answer(paper: PaperSlurm, tmp_path: Path) -> None:
+    state = f'$([ -e {tmp_path}/done ] && echo "PENDING Restarts=2" || echo "RUNNING Restarts=1")'
+    paper.write(
+        "scontrol",
+        f'[ "$2" = hostnames ] && echo n1\n[ "$2" = show ] && echo "JobState={state}"\n'
+        f'[ "$1" != requeue ] || {{ touch {tmp_path}/done; exit 1; }}',
+    )
+    assert run_job(paper, tmp_path, verdict=75) == 75
+    assert not [call for call in paper.calls() if "chain next" in call]
+
+
+def test_setup_runs_on_every_node_and_may_read_what_is_not_set(
+    paper: PaperSlurm, tmp_path: Path
+) -> None:
+    line = f'echo "setup of ${{SLURM_NODEID:-the script}}$NOBODY_HAS_SET_THIS" >>{paper.log}'
+    step = 'while [ "$1" != bash ]; do shift; done'
+    nodes = 'for node in 0 1; do SLURM_NODEID=$node "$@"; done'
+    assert run_job(paper, tmp_path, verdict=0, during=f"{step}\n{nodes}", setup=(line,)) == 0
+    node = "python -m accrete.launch.cluster.node"
+    said = [x for x in paper.calls() if x.startswith(("setup of", node))]
+    words = [" ".join(line.split()[:3]) for line in said]
+    assert words == ["setup of the", "setup of 0", node, "setup of 1", node]
+
+
+def test_the_nodes_get_all_variables(paper: PaperSlurm, tmp_path: Path) -> None:
+    """Also where `--export=NONE` has left srun a SLURM_EXPORT_ENV that says otherwise."""
+    run_job(paper, tmp_path, verdict=0)
+    step = next(x for x in paper.calls() if x.startswith("srun"))
+    assert "--export=ALL" in step.split()
+
+
 @pytest.mark.parametrize(("parent", "status", "starts"), [(0, 0, 1), (75, 0, 0), (1, 1, 0)])
 def test_a_branch_asks_whether_it_can_begin(
     paper: PaperSlurm, tmp_path: Path, parent: int, status: int, starts: int
@@ -225,174 +291,3 @@ def test_a_finished_run_starts_nothing(paper: PaperSlurm, tmp_path: Path) -> Non
     (tmp_path / "a run" / "launch" / "finished.json").touch()
     assert run_job(paper, tmp_path, verdict=1) == 0
     assert paper.calls() == []
-
-
-# -- sweeps ------------------------------------------------------------------------------------
-
-
-def test_axes() -> None:
-    axes = parse_axes(["seed=0,1", "adapter.targets=[q,v],all_linear"])
-    assert [axis.values for axis in axes] == [("0", "1"), ("[q,v]", "all_linear")]
-    assert point_name(axes, ("0", "[q,v]")) == "seed0-targets_q_v"
-    for wrong in ("seed", "seed=", "=1", "seed=1,,2", "seed=1,1"):
-        with pytest.raises(ConfigError, match="--sweep"):
-            parse_axes([wrong])
-    with pytest.raises(ConfigError, match="varied twice"):
-        parse_axes(["seed=1", "seed=2"])
-
-
-def recipes(folder: Path) -> list[Path]:
-    """Three orders of three tasks: the first two begin with the same one."""
-    files = []
-    for name in ("mood topic guests", "mood guests topic", "guests mood topic"):
-        path = folder / f"{name.replace(' ', '_')}.yaml"
-        path.write_text(f"extends: quickstart\nmethod: sequential\ntasks: {name.split()}\n")
-        files.append(path)
-    return files
-
-
-def test_common_first_tasks_are_learned_once(tmp_path: Path) -> None:
-    first, second, third = recipes(tmp_path)
-    axes = parse_axes([f"recipe={first},{second},{third}", "seed=0,1"])
-    requests = make_requests("quickstart", [], axes, tmp_path / "sweep", CLUSTER)
-    found = {x.run_dir.name: x.branch and (x.branch.parent.name, x.branch.stage) for x in requests}
-    assert found == {
-        "mood_topic_guests-seed0": None,
-        "mood_topic_guests-seed1": None,
-        "mood_guests_topic-seed0": ("mood_topic_guests-seed0", 0),
-        "mood_guests_topic-seed1": ("mood_topic_guests-seed1", 0),
-        "guests_mood_topic-seed0": None,
-        "guests_mood_topic-seed1": None,
-    }
-
-
-def test_runs_with_other_settings_share_nothing(tmp_path: Path) -> None:
-    first, *_ = recipes(tmp_path)
-    for axis in ("method=sequential,inc_lora", "train.learning_rate=1e-3,2e-3"):
-        axes = parse_axes([axis])
-        requests = make_requests(str(first), [], axes, tmp_path / "sweep", CLUSTER)
-        assert [x.branch for x in requests] == [None, None]
-    axes = parse_axes(["log.every_steps=1,2"])
-    with pytest.raises(ConfigError, match="is the same run as"):
-        make_requests(str(first), [], axes, tmp_path / "sweep", CLUSTER)
-
-
-def test_a_shorter_sequence_is_another_run() -> None:
-    """A method may plan for the number of tasks."""
-    one = {"seed": 0, "tasks": [{"name": "a"}, {"name": "b"}]}
-    assert shared_tasks(one, {**one, "tasks": one["tasks"][:1]}) == 0
-    assert shared_tasks(one, {**one, "tasks": [{"name": "a"}, {"name": "c"}]}) == 1
-
-
-def test_a_sweep_is_submitted_as_an_array_and_a_chain(paper: PaperSlurm, tmp_path: Path) -> None:
-    first, second, third = recipes(tmp_path)
-    axes = parse_axes([f"recipe={first},{second},{third}"])
-    folder = tmp_path / "sweep"
-    requests = make_requests("quickstart", [], axes, folder, CLUSTER)
-    rendered = slurm_sweep.render(requests, folder)
-    for script in rendered.values():
-        check_shell(script)
-    assert "#SBATCH --array=0-1%3" in rendered["sweep.sbatch"]
-    assert "#SBATCH --time=12:00:00" in rendered["sweep.sbatch"]
-    paper.write("sbatch", f"echo $((40 + $(grep -c sbatch {paper.log})))';cluster'")
-    done = subprocess.run(
-        ["bash"],
-        input=rendered["submit.sh"],
-        env=paper.environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr == ""
-    names = ["mood_topic_guests", "guests_mood_topic", "mood_guests_topic"]
-    assert done.stdout.splitlines() == [
-        f"{job} {folder / name}" for job, name in zip(("41_0", "41_1", "42"), names, strict=True)
-    ]
-    assert "--dependency=afterok:41_0" in paper.calls()[1]
-
-
-def test_an_element_of_the_array_is_the_run_of_its_number(tmp_path: Path) -> None:
-    first, _, third = recipes(tmp_path)
-    axes = parse_axes([f"recipe={first},{third}"])
-    requests = make_requests("quickstart", [], axes, tmp_path / "sweep", CLUSTER)
-    script = slurm_sweep.render(requests, tmp_path / "sweep")["sweep.sbatch"]
-    for number, request in enumerate(requests):
-        request.launch_dir.mkdir(parents=True)
-        (request.launch_dir / "job.sbatch").write_text(f"echo run {number}\n")
-        done = subprocess.run(
-            ["bash"],
-            input=script,
-            env={**os.environ, "SLURM_ARRAY_TASK_ID": str(number)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout == f"run {number}\n"
-
-
-# -- the command -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """`accrete launch slurm` in this process: status, what it printed, what it complained of."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["accrete", "launch", "slurm", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        told = capsys.readouterr()
-        return int(ended.value.code or 0), told.out, told.err
-
-    return call
-
-
-def test_a_dry_run_writes_and_prints_and_starts_nothing(
-    launch, paper: PaperSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", paper.environment()["PATH"])
-    run = tmp_path / "run"
-    options = ("--nodes", 2, "--procs-per-node", 2, "--run-dir", run, "--dry-run")
-    status, printed, _ = launch("quickstart", *options)
-    assert status == 0
-    assert sorted(p.name for p in run.iterdir()) == ["launch"]
-    assert sorted(p.name for p in (run / "launch").iterdir()) == [
-        "job.sbatch",
-        "recipe.yaml",
-        "request.json",
-    ]
-    assert (run / "launch" / "job.sbatch").read_text() in printed
-    assert not [call for call in paper.calls() if not call.startswith("sinfo")]
-    assert launch("quickstart", *options)[0] == 0  # and once more
-
-
-def test_without_slurm_nothing_is_left_behind(
-    launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accrete.launch.cluster import request
-
-    def prepare_nothing(asked: request.LaunchRequest, say: object) -> bool:
-        asked.folder.create()
-        return True
-
-    monkeypatch.setattr(request, "prepare_run", prepare_nothing)
-    monkeypatch.setenv("PATH", "/nowhere")
-    status, _, complaint = launch("quickstart", "--run-dir", tmp_path / "run")
-    assert status == 2
-    assert "sbatch is not on this machine" in complaint
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["quickstart", "train.learning_rat=1"], "did you mean `learning_rate`?"),
-        (["quickstrt"], "did you mean `quickstart`?"),
-        (["quickstart", "--cluster", "one_gpus"], "did you mean `one_gpu`?"),
-        (["quickstart", "--time", "soon"], "allowed: minutes, HH:MM:SS or D-HH:MM:SS"),
-        (["quickstart", "--sweep", "seed"], "write KEY=VALUE"),
-    ],
-)
-def test_bad_input_leaves_no_folder(launch, words: list[str], said: str, tmp_path: Path) -> None:
-    status, _, complaint = launch(*words, "--run-dir", tmp_path / "run", "--dry-run")
-    assert status == 2
-    assert said in complaint
-    assert not (tmp_path / "run").exists()

@@ -90,6 +90,53 @@ def test_a_rank_that_only_lost_its_peers_is_no_cause(folder: RunDir) -> None:
     assert "lost node2" in judge(folder, "a.0", retries=2, lost="node2").reason
 
 
+def said(folder: RunDir, kind: str, message: str) -> None:
+    """Rank 0 has failed with an error that accrete did not expect."""
+    report_failure(folder, 0, type(kind, (Exception,), {})(message))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RuntimeError", "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms"),
+        ("RuntimeError", "Failed to recv, got 0 bytes. Connection was likely closed."),
+        ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp:1333, unhandled system error"),
+        ("DistNetworkError", "The client socket has timed out after 60000ms while trying to ..."),
+        ("DistNetworkError", "The server socket has failed to listen: Address already in use"),
+        ("DistStoreError", "Timed out after 61 seconds waiting for clients. 1/2 clients joined."),
+        ("ConnectionResetError", "[Errno 104] Connection reset by peer"),
+    ],
+)
+def test_what_a_rank_says_whose_peers_have_gone(folder: RunDir, kind: str, message: str) -> None:
+    attempts.begin_attempt(folder, "a.0", {})
+    said(folder, kind, message)
+    verdict = judge(folder, "a.0", retries=2)
+    assert verdict.outcome is AGAIN
+    assert f"rank 0 failed: {kind}: {message}" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RuntimeError", "[gloo/transport/tcp/device.cc:84] Unable to find address for: ib0"),
+        ("DistBackendError", "NCCL error in: x.cpp:9, invalid usage (run with NCCL_DEBUG=WARN)"),
+        ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp:9, unhandled cuda error"),
+        ("FileNotFoundError", "[Errno 2] No such file or directory: '/big/store/rows.jsonl'"),
+        ("KeyError", "'timeout'"),
+        ("RuntimeError", "cannot restore the datastore's timeouts"),
+        ("OutOfMemoryError", "CUDA out of memory while in gloo"),
+    ],
+)
+def test_an_error_of_its_own_that_speaks_of_the_network(
+    folder: RunDir, kind: str, message: str
+) -> None:
+    attempts.begin_attempt(folder, "a.0", {})
+    said(folder, kind, message)
+    verdict = judge(folder, "a.0", retries=2)
+    assert verdict.outcome is FAILED
+    assert verdict.reason == f"rank 0 failed: {kind}: {message}"
+
+
 def test_an_attempt_that_never_began(folder: RunDir) -> None:
     verdict = judge(folder, "a.0", retries=1)
     assert verdict.outcome is AGAIN
