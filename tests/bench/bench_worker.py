@@ -159,7 +159,7 @@ class Worker:
                 self.say(seconds=self.steps(stage, made, 1))
                 made += 1
             else:
-                from cases import counted
+                from counting import counted
 
                 count = asked["count"]
                 self.steps(stage, made, 2)
