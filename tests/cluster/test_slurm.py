@@ -242,9 +242,10 @@ def test_elements_of_a_sweep_are_interrupted_one_by_one(slurm, recipe, tmp_path)
     assert attempts(first, "begun")[0]["attempt"] == name
     element = attempts(first, "queued")[0]["job"]
     slurm.cluster.run("ctl", ["scancel", "--batch", "--signal=USR1", element])
-    ends = [run / "launch" / "finished.json" for run in runs]
-    wait_until(lambda: all(end.exists() for end in ends), 300, lambda: story(first) + story(other))
-    assert [x["outcome"] for x in attempts(first, "judged")] == ["again", "finished"]
+    outcomes = lambda run: [x["outcome"] for x in attempts(run, "judged")]  # noqa: E731
+    ended = lambda: all(outcomes(run)[-1:] == ["finished"] for run in runs)  # noqa: E731
+    wait_until(ended, 300, lambda: story(first) + story(other))
+    assert outcomes(first) == ["again", "finished"]
     assert len(attempts(first, "queued")) == 1  # requeued, not followed by another job
     assert len(attempts(other, "begun")) == 1, story(other)
 
