@@ -98,12 +98,18 @@ def _status(record: RunRecord) -> str:
 def _warnings(record: RunRecord) -> list[str]:
     """What went wrong or deserves a look, oldest first, each once."""
     found = [str(e.get("message", "")) for e in record.events if e["event"] == "warning"]
-    found += [
-        f"Resumed at stage {_one_based(e.get('stage'))}, step {e.get('step', '?')}."
-        for e in record.events
-        if e["event"] == "resumed"
-    ]
+    found += [_resumed(e) for e in record.events if e["event"] == "resumed"]
     return list(dict.fromkeys(text for text in [*found, *record.problems] if text))
+
+
+def _resumed(event: Mapping[str, Any]) -> str:
+    """Where a run went on; without a step that is behind a finished stage."""
+    stage, step = _one_based(event.get("stage")), event.get("step")
+    return (
+        f"Resumed after stage {stage}."
+        if step is None
+        else f"Resumed in stage {stage}, step {step}."
+    )
 
 
 def _one_based(stage: Any) -> str:

@@ -100,6 +100,17 @@ def test_any_one_file_is_enough(tmp_path: Path, keep: str) -> None:
     assert write_report(run).stat().st_size > 5_000
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [(7, "Resumed in stage 2, step 7."), (None, "Resumed after stage 2.")]
+)
+def test_where_a_run_went_on(tmp_path: Path, step: int | None, said: str) -> None:
+    """Behind a finished stage, as in every branch, there is no step."""
+    run = write_run(tmp_path / "run", CELLS)
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": "resumed", "stage": 1, "step": step}) + "\n")
+    assert said in report_content(RunRecord(run))["warnings"]
+
+
 def test_damaged_files_become_warnings(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", CELLS)
     (run / "run.json").write_text("{")
