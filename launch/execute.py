@@ -75,10 +75,8 @@ def build(
 
     Collective: yes.
     """
-    from transformers import AutoTokenizer
-
     from accrete.eval.evaluator import SequenceEvaluator
-    from accrete.launch.prepare import hub_revision, tokenizer_options
+    from accrete.launch.prepare import hub_revision, open_tokenizer
     from accrete.pipeline.data.collate import Collator
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
@@ -93,9 +91,7 @@ def build(
     prepared = read_json(run.prepared)
     model_path = str(prepared["model_path"])
     tasks = [TaskHandle.from_json(task) for task in prepared["tasks"]]
-    tokenizer = AutoTokenizer.from_pretrained(
-        prepared.get("tokenizer_path") or model_path, **(tokenizer_options(config) or {})
-    )
+    tokenizer = open_tokenizer(run, config)
     facts = read_facts(model_path, tokenizer, config.model.revision)
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
@@ -212,6 +208,8 @@ def announce(parts: Parts) -> None:
     from accrete.pipeline.records import Event
     from accrete.pipeline.stage_runner import planned_steps
 
+    if parts.engine.rank:
+        return
     config = parts.config
     batch = config.train.global_batch_size
     counts = [task.num_train for task in parts.tasks]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from accrete.pipeline.errors import RunFolderError
-from accrete.pipeline.run_dir import RunDir, read_json
+from accrete.pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.lora import Factors
@@ -67,18 +67,15 @@ def export_stage(
 
 def _write_merged(runner: StageRunner, folder: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoTokenizer
 
-    from accrete.launch.prepare import tokenizer_options
+    from accrete.launch.prepare import open_tokenizer
 
     model: Any = runner.parts.adapted.merged()
     if dtype == "bf16":
         model = model.to(torch.bfloat16)
     model.config.use_cache = True
     model.save_pretrained(folder)
-    source = read_json(runner.parts.run.prepared).get("tokenizer_path") or runner.parts.model_path
-    options = tokenizer_options(runner.parts.config) or {}
-    AutoTokenizer.from_pretrained(source, **options).save_pretrained(folder)
+    open_tokenizer(runner.parts.run, runner.parts.config).save_pretrained(folder)
     _require_same(folder, model)
 
 

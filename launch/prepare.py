@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accrete.launch.environment import choose_device, choose_procs
 from accrete.pipeline.config.checks import require_data_root
 from accrete.pipeline.errors import ModelError
+from accrete.pipeline.run_dir import RunDir, read_json
 from accrete.pipeline.sinks import check_tensorboard
 
 if TYPE_CHECKING:
@@ -125,6 +126,15 @@ def tokenizer_options(config: RunConfig) -> dict[str, str] | None:
     """The hub revision, where the tokenizer comes from the model's own hub repository."""
     revision = hub_revision(config)
     return None if revision is None or config.model.tokenizer else {"revision": revision}
+
+
+def open_tokenizer(run: RunDir, config: RunConfig) -> Any:
+    """The tokenizer that a prepared run's rows were encoded with."""
+    from transformers import AutoTokenizer
+
+    prepared = read_json(run.prepared)
+    source = prepared.get("tokenizer_path") or prepared["model_path"]
+    return AutoTokenizer.from_pretrained(source, **(tokenizer_options(config) or {}))
 
 
 def hub_revision(config: RunConfig) -> str | None:

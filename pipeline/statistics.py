@@ -54,8 +54,8 @@ def visit_gradients(
     """
     seen = 0
     module = stage.engine.module
-    with _evaluating(module), _checkpointing(module), watched(stage, visit) as watch:
-        for rows in _global_batches(stage, max_rows):
+    with evaluating(module), _checkpointing(module), watched(stage, visit) as watch:
+        for rows in global_batches(stage, max_rows):
             for batch in stage.micro_batches(rows):
                 watch.batch = batch
                 losses = row_losses(stage.logits(batch, through_engine=False), batch.labels)
@@ -96,8 +96,8 @@ def visit_row_gradients(
     """
     engine, seen = stage.engine, 0
     module = engine.module
-    with _evaluating(module), _checkpointing(module), _row_gradients(stage, visit):
-        for rows in _global_batches(stage, max_rows):
+    with evaluating(module), _checkpointing(module), _row_gradients(stage, visit):
+        for rows in global_batches(stage, max_rows):
             mine = rows[engine.rank :: engine.world]
             for place in range(-(-len(rows) // engine.world)):
                 # A rank that has run out of rows takes one without labels: its gradient is zero.
@@ -159,7 +159,7 @@ def visit_inputs(stage: Stage, visit: InputVisit, *, max_rows: int | None = None
     """
     firsts = set(input_names(stage).values())
     seen = 0
-    with _evaluating(stage.engine.module), sides(stage) as side, torch.no_grad():
+    with evaluating(stage.engine.module), sides(stage) as side, torch.no_grad():
 
         def show(name: str, x: torch.Tensor) -> None:
             real = side.real(name, x)
@@ -167,7 +167,7 @@ def visit_inputs(stage: Stage, visit: InputVisit, *, max_rows: int | None = None
                 visit(name, real)
 
         with shown(stage, firsts, show):
-            for rows in _global_batches(stage, max_rows):
+            for rows in global_batches(stage, max_rows):
                 for batch in stage.micro_batches(rows):
                     side.batch = batch
                     stage.logits(batch, through_engine=False)
@@ -220,7 +220,7 @@ def input_names(stage: Stage) -> dict[str, str]:
     held: list[tuple[torch.Tensor, str]] = []
     names: dict[str, str] = {}
 
-    with _evaluating(stage.engine.module), sides(stage) as side, torch.no_grad():
+    with evaluating(stage.engine.module), sides(stage) as side, torch.no_grad():
 
         def show(name: str, x: torch.Tensor) -> None:
             side.real(name, x)
@@ -237,7 +237,7 @@ def input_names(stage: Stage) -> dict[str, str]:
     return names
 
 
-def _global_batches(stage: Stage, max_rows: int | None) -> Iterator[list[EncodedRow]]:
+def global_batches(stage: Stage, max_rows: int | None = None) -> Iterator[list[EncodedRow]]:
     """Global batches of the first epoch: of all its rows, or of `max_rows` spread evenly over it.
 
     The same on every rank. The source is read front to back and each of its batches once.
@@ -258,8 +258,8 @@ def _global_batches(stage: Stage, max_rows: int | None) -> Iterator[list[Encoded
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a pass."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context: without dropout. Every part gets its own mode back."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

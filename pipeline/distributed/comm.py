@@ -180,12 +180,17 @@ def owners_of(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     Returns:
         Name -> rank, in the order of `sizes`.
     """
+    return share_out({name: size**3 for name, size in sizes.items()}, world)
+
+
+def share_out(costs: Mapping[str, int], world: int) -> dict[str, int]:
+    """Name -> rank, in the order of `costs`; the dearest go first, to who has the least to do."""
     load = [0] * world
     owners: dict[str, int] = {}
-    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+    for name in sorted(costs, key=costs.__getitem__, reverse=True):
         owners[name] = load.index(min(load))
-        load[owners[name]] += size**3
-    return {name: owners[name] for name in sizes}
+        load[owners[name]] += costs[name]
+    return {name: owners[name] for name in costs}
 
 
 def sum_to_owners(

@@ -138,7 +138,7 @@ class KeepLora(Method):
             for name, layer in stage.adapted.layers.items()
             for linear in [layer.module.base_layer]
         }
-        self._owners = share_out(self._inputs, shapes, self._place[1])
+        self._owners = layer_owners(self._inputs, shapes, self._place[1])
         # What was loaded is whole on every rank.
         self.memory = {key: basis for key, basis in self.memory.items() if self._mine(key)}
 
@@ -307,7 +307,7 @@ def _empty_rows(stage: Stage) -> tuple[int, int]:
     return empty, total
 
 
-def share_out(
+def layer_owners(
     inputs: dict[str, str], shapes: Mapping[str, tuple[int, int]], world: int
 ) -> dict[str, int]:
     """Which rank decomposes for which layer: those that read one input are one rank's.
@@ -329,10 +329,5 @@ def share_out(
         name: shapes[name][1] ** 3 + sum(min(shapes[layer]) ** 3 for layer in layers)
         for name, layers in readers.items()
     }
-    load = [0] * world
-    owners: dict[str, int] = {}
-    for name in sorted(costs, key=costs.__getitem__, reverse=True):
-        rank = load.index(min(load))
-        load[rank] += costs[name]
-        owners.update(dict.fromkeys(readers[name], rank))
-    return owners
+    owners = comm.share_out(costs, world)
+    return {layer: owners[name] for layer, name in inputs.items()}

@@ -19,6 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from accrete.pipeline.data.collate import IGNORED
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.models.lora import ADAPTER
+from accrete.pipeline.statistics import evaluating
 
 if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
@@ -136,13 +137,8 @@ def old_logits(stage: Stage, batch: Batch) -> torch.Tensor:
 
     Collective: at ZeRO 3.
     """
-    module = stage.engine.module
-    training = module.training
-    module.eval()
-    with _adapter_off(stage):
-        logits = stage.logits(batch, through_engine=False)
-    module.train(training)
-    return logits
+    with evaluating(stage.engine.module), _adapter_off(stage):
+        return stage.logits(batch, through_engine=False)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from accrete.pipeline.data.collate import IGNORED, Batch
 from accrete.pipeline.distributed.comm import sum_over_ranks
 from accrete.pipeline.math.triplet import unit
+from accrete.pipeline.statistics import evaluating, global_batches
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.features import BlockFeatures
@@ -143,13 +144,8 @@ def _visit(
 
     Collective: at ZeRO 3.
     """
-    module = stage.engine.module
-    was_training = module.training
-    module.eval()
-    seen, step = 0, 0
-    with torch.no_grad():
-        while seen < stage.rows.num_rows:
-            rows = stage.global_batch(step)[: stage.rows.num_rows - seen]
+    with evaluating(stage.engine.module), torch.no_grad():
+        for rows in global_batches(stage):
             for row in rows:  # every rank reads all rows, so all number the classes alike
                 numbers.setdefault(tuple(row.answer), len(numbers))
             for batch in stage.micro_batches(rows):
@@ -158,5 +154,3 @@ def _visit(
                 mine = [numbers[tuple(t for t in labels if t != IGNORED)] for labels in answers]
                 classes = torch.tensor(mine, dtype=torch.long, device=stage.engine.device)
                 see(last_features(features, batch), classes)
-            seen, step = seen + len(rows), step + 1
-    module.train(was_training)

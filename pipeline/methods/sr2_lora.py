@@ -22,6 +22,7 @@ from accrete.pipeline.math.relations import spectral_losses, spectrum
 from accrete.pipeline.methods.base import Method, MethodConfig
 from accrete.pipeline.models.features import BlockFeatures
 from accrete.pipeline.models.lora import ADAPTER
+from accrete.pipeline.statistics import evaluating
 
 if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
@@ -135,7 +136,7 @@ class Sr2Lora(Method):
         engine = stage.engine
         indices: list[int] = []
         blocks: list[torch.Tensor] = []
-        with _evaluating(stage), torch.no_grad():
+        with evaluating(stage.engine.module), torch.no_grad():
             for step in range(steps):
                 rows = stage.global_batch(step)
                 mine: list[torch.Tensor] = []
@@ -193,7 +194,7 @@ class Sr2Lora(Method):
 
     def _again(self, stage: Stage, batch: Batch) -> torch.Tensor:
         """The previous model's spectra by a forward of their own; every rank makes one."""
-        with _evaluating(stage), _neutral(stage), torch.no_grad():
+        with evaluating(stage.engine.module), _neutral(stage), torch.no_grad():
             stage.logits(batch, through_engine=False)
             return self._spectra(batch)
 
@@ -221,18 +222,6 @@ class SpectraCache:
         wanted = torch.tensor([row.index for row in rows], dtype=torch.long)
         places = self._places[torch.searchsorted(self._numbers, wanted)]
         return self._values[places.to(self._values.device)]
-
-
-@contextmanager
-def _evaluating(stage: Stage) -> Iterator[None]:
-    """Without dropout inside the context: the previous model's spectra are not random."""
-    module = stage.engine.module
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from accrete.pipeline.data.mix import MixedRows
 from accrete.pipeline.data.shards import Layout, RowWriter
 from accrete.pipeline.data.store import MappedRows, StreamedRows
 from accrete.pipeline.statistics import (
-    _global_batches,
+    global_batches,
     visit_gradients,
     visit_inputs,
     visit_row_gradients,
@@ -69,7 +69,7 @@ def size(row):
 @pytest.mark.parametrize("count", [256, 100])
 def test_lengths_are_those_of_the_task(sources, lengths, kind, count):
     source = sources[kind]()
-    picked = [row for batch in _global_batches(stage_over(source), count) for row in batch]
+    picked = [row for batch in global_batches(stage_over(source), count) for row in batch]
     assert len(picked) == count
     if kind != "mixed":  # which holds every row twice
         assert len({row.index for row in picked}) == count
@@ -92,7 +92,7 @@ def test_positions_are_evenly_spread_over_the_first_epoch(sources, kind):
     ]
     place = {index: number for number, index in enumerate(order)}
     for count in (1, 7, 100, 4001, ROWS - 1):
-        batches = list(_global_batches(stage_over(sources[kind]()), count))
+        batches = list(global_batches(stage_over(sources[kind]()), count))
         assert {len(batch) for batch in batches[:-1]} <= {BATCH}
         places = sorted(place[row.index] for batch in batches for row in batch)
         assert len(places) == count
@@ -105,7 +105,7 @@ def test_positions_are_evenly_spread_over_the_first_epoch(sources, kind):
 @pytest.mark.parametrize("limit", [None, ROWS, ROWS + 5])
 def test_without_a_limit_batches_are_those_of_training(sources, limit):
     source = sources["mapped"]()
-    batches = list(_global_batches(stage_over(source), limit))
+    batches = list(global_batches(stage_over(source), limit))
     expected = [source.rows(step, 0, 1) for step in range(source.steps_per_epoch)]
     assert batches == expected
 
@@ -114,7 +114,7 @@ def test_a_stream_is_read_block_by_block_and_once(sources):
     source = sources["streamed"]()
     blocks = -(-ROWS // source.block_rows)
     assert blocks > 3
-    for _ in _global_batches(stage_over(source), 300):
+    for _ in global_batches(stage_over(source), 300):
         assert len(source._held[2]) <= source.block_rows
     assert source.blocks_read == blocks
 

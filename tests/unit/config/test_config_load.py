@@ -2,25 +2,16 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe_samples import BASE, Write
 
 from accrete.pipeline.config.checks import require_data_root
 from accrete.pipeline.config.load import load_recipe
 from accrete.pipeline.config.problems import RecipeError
 from accrete.pipeline.config.run import RunConfig
 from accrete.pipeline.errors import ConfigError
-
-Write = Callable[..., Path]
-
-BASE = """\
-description: a test
-tasks: [t1, {name: t2, max_steps: 3}]
-model: {path: some/model}
-method: {kind: sequential}
-"""
 
 
 def problems(file: Path, *overrides: str) -> list[tuple[str, str, str, str]]:

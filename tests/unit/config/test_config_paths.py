@@ -1,20 +1,11 @@
 """Paths of a recipe: absolute, so that a run can be gone on with from anywhere."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipe_samples import BASE, Write
 
 from accrete.pipeline.config.load import load_recipe
-
-Write = Callable[..., Path]
-
-BASE = """\
-description: a test
-tasks: [t1, {name: t2, max_steps: 3}]
-model: {path: some/model}
-method: {kind: sequential}
-"""
 
 
 def test_paths_become_absolute_and_hub_ids_stay(

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 import toys
 
 from accrete.pipeline.errors import ConfigError
-from accrete.pipeline.methods.keep_lora import KeepLora, KeepLoraConfig, share_out
+from accrete.pipeline.methods.keep_lora import KeepLora, KeepLoraConfig, layer_owners
 from accrete.pipeline.stage_runner import StageRunner
 
 
@@ -209,8 +209,8 @@ def test_work_is_shared_out_evenly():
             inputs[f"{block}.{layer}"] = f"{block}.{first}"
             shapes[f"{block}.{layer}"] = shape
     for world in (1, 2, 3, 4):
-        owners = share_out(inputs, shapes, world)
-        assert owners == share_out(dict(inputs), shapes, world)
+        owners = layer_owners(inputs, shapes, world)
+        assert owners == layer_owners(dict(inputs), shapes, world)
         for layer, name in inputs.items():
             assert owners[layer] == owners[name]
         wide = [owners[f"{block}.down"] for block in range(16)]

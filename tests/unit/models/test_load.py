@@ -32,6 +32,16 @@ from accrete.pipeline.models.lora import AdaptedModel
 from accrete.pipeline.stage import aligned_logits
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_PAIR = {
+    "vocab_size": 30,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 CPU = torch.device("cpu")
 
 
@@ -42,14 +52,7 @@ def models():
     yield BloomForCausalLM(BloomConfig(vocab_size=30, hidden_size=16, n_layer=2, n_head=2))
     yield BartForConditionalGeneration(
         BartConfig(
-            vocab_size=30,
-            d_model=16,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
+            **SMALL_PAIR,
             pad_token_id=0,
             bos_token_id=2,
             eos_token_id=1,
@@ -129,14 +132,7 @@ def test_dropout_by_any_name(tmp_path, family, dropout):
         ),
         "m2m100": lambda: M2M100ForConditionalGeneration(
             M2M100Config(
-                vocab_size=30,
-                d_model=16,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=2,
-                decoder_attention_heads=2,
-                encoder_ffn_dim=32,
-                decoder_ffn_dim=32,
+                **SMALL_PAIR,
                 encoder_layerdrop=0.5,
             )
         ),
