@@ -207,8 +207,9 @@ def covariances(
 def input_names(stage: Stage) -> dict[str, str]:
     """Adapted layer -> the name of its input: the first layer that reads the same tensor.
 
-    Found by one forward over the first row, the same on every rank. Every pass needs inputs that
-    tell rows and tokens apart, so this is also the check to make before any training.
+    Found by one forward over the first two rows, the same on every rank; layers that do not run in
+    it are left out. Every pass needs inputs that tell rows and tokens apart, so this is also the
+    check to make before any training. (One row would not show an input that all rows share.)
 
     Raises:
         MethodError: The input of a layer is neither [b, T, d] nor, with rows and tokens in one
@@ -232,7 +233,7 @@ def input_names(stage: Stage) -> dict[str, str]:
             names[name] = name
 
         with shown(stage, set(stage.adapted.layers), show):
-            side.batch = stage.collator.train(stage.global_batch(0)[:1]).to(stage.engine.device)
+            side.batch = stage.collator.train(stage.global_batch(0)[:2]).to(stage.engine.device)
             stage.logits(side.batch, through_engine=False)
     return names
 

@@ -132,7 +132,8 @@ class KeepLora(Method):
         """Layers to inputs, inputs to ranks. Collective: yes, at its first call."""
         if self._inputs:
             return
-        self._inputs = input_names(stage)
+        # A layer that does not run, such as one of a part for pictures, has no gradient: A is zero.
+        self._inputs = {name: name for name in stage.adapted.layers} | input_names(stage)
         shapes = {
             name: (linear.out_features, linear.in_features)
             for name, layer in stage.adapted.layers.items()

@@ -174,10 +174,9 @@ class LoraSubtraction(Method):
 
     def _find_rules(self, stage: Stage) -> list[_Rule]:
         """One rule per distinct input, and per layer where B is projected. Collective: yes."""
-        sources = input_names(stage)
         readers: dict[str, list[AdaptedLayer]] = {}
-        for layer in stage.adapted.layers.values():
-            readers.setdefault(sources[layer.name], []).append(layer)
+        for layer_name, name in input_names(stage).items():  # of layers that run
+            readers.setdefault(name, []).append(stage.adapted.layers[layer_name])
         sizes = {name: layers[0].module.base_layer.in_features for name, layers in readers.items()}
         owners = owners_of(sizes, stage.engine.world)
         with stage.past.subtracted():

@@ -7,8 +7,6 @@ without gradients for every micro-batch, and no state at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -18,8 +16,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from accrete.pipeline.data.collate import IGNORED
 from accrete.pipeline.methods.base import Method, MethodConfig
-from accrete.pipeline.models.lora import ADAPTER
-from accrete.pipeline.statistics import evaluating
+from accrete.pipeline.methods.previous import previous_model
 
 if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
@@ -131,28 +128,10 @@ def distillation(
     return kl_div(*pair, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-@torch.no_grad()
 def old_logits(stage: Stage, batch: Batch) -> torch.Tensor:
     """Logits [b, K, V] of the model without its live adapter, without dropout.
 
     Collective: at ZeRO 3.
     """
-    with evaluating(stage.engine.module), _adapter_off(stage):
+    with previous_model(stage):
         return stage.logits(batch, through_engine=False)
-
-
-@contextmanager
-def _adapter_off(stage: Stage) -> Iterator[None]:
-    """Scale the live branch by 0. It still runs: at ZeRO 3 every forward gathers the same
-    parameters in the same order, which DeepSpeed's prefetching relies on; and peft's own switch
-    changes which factors require gradients.
-    """
-    layers = [layer.module for layer in stage.adapted.layers.values()]
-    scales = [layer.scaling[ADAPTER] for layer in layers]
-    for layer in layers:
-        layer.scaling[ADAPTER] = 0.0
-    try:
-        yield
-    finally:
-        for layer, scale in zip(layers, scales, strict=True):
-            layer.scaling[ADAPTER] = scale

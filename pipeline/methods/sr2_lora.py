@@ -8,8 +8,6 @@ so its spectra are constants: one pass at the start of a task replaces a second 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -20,8 +18,8 @@ from accrete.pipeline.distributed.comm import sum_over_ranks
 from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.math.relations import spectral_losses, spectrum
 from accrete.pipeline.methods.base import Method, MethodConfig
+from accrete.pipeline.methods.previous import previous_model
 from accrete.pipeline.models.features import BlockFeatures
-from accrete.pipeline.models.lora import ADAPTER
 from accrete.pipeline.statistics import evaluating
 
 if TYPE_CHECKING:
@@ -194,7 +192,7 @@ class Sr2Lora(Method):
 
     def _again(self, stage: Stage, batch: Batch) -> torch.Tensor:
         """The previous model's spectra by a forward of their own; every rank makes one."""
-        with evaluating(stage.engine.module), _neutral(stage), torch.no_grad():
+        with previous_model(stage):
             stage.logits(batch, through_engine=False)
             return self._spectra(batch)
 
@@ -222,20 +220,3 @@ class SpectraCache:
         wanted = torch.tensor([row.index for row in rows], dtype=torch.long)
         places = self._places[torch.searchsorted(self._numbers, wanted)]
         return self._values[places.to(self._values.device)]
-
-
-@contextmanager
-def _neutral(stage: Stage) -> Iterator[None]:
-    """The live adapter multiplied by zero inside the context.
-
-    Its modules still run, so ZeRO 3 gathers in the order it expects.
-    """
-    scales = [layer.module.scaling for layer in stage.adapted.layers.values()]
-    kept = [scale[ADAPTER] for scale in scales]
-    try:
-        for scale in scales:
-            scale[ADAPTER] = 0.0
-        yield
-    finally:
-        for scale, value in zip(scales, kept, strict=True):
-            scale[ADAPTER] = value

@@ -137,8 +137,8 @@ def test_every_pass_takes_the_same_rows(tmp_path, go, micro, world):
             seen.update(row.id for row in rows)
             return train(rows, size)
 
-        if go is visit_inputs:  # it looks at the first row beforehand
-            seen[stage.rows.all[0].id] -= 1
+        if go is visit_inputs:  # it looks at the first two rows beforehand
+            seen.subtract(row.id for row in stage.rows.all[:2])
         stage.collator.train = note
         assert go(stage, lambda *_: None, max_rows=10) == 10
     expected = Counter(row.id for row in toys.spread(stage.rows.all, 10))

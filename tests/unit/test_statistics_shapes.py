@@ -9,6 +9,7 @@ from statistics_case import LINEAR, dense_gradients, make_parts, make_stage, toy
 from torch import nn
 
 from accrete.pipeline.errors import MethodError
+from accrete.pipeline.models.lora import load_factors
 from accrete.pipeline.stage import row_losses
 from accrete.pipeline.stage_runner import StageRunner
 from accrete.pipeline.statistics import (
@@ -123,6 +124,34 @@ def test_methods_run_on_a_model_that_flattens(tmp_path, method, settings):
     parts.recorder.close()
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("ewc_lora", {}),
+        ("inf_lora", {"eps": 0.5}),
+        ("keep_lora", {"eps_w": 0.2, "eps_f": 0.6}),
+        ("keep_lora", {"eps_w": 0.2, "eps_f": 0.6, "memory": "gradients"}),
+        ("lora_subtraction", {"energy": 0.9}),
+    ],
+)
+def test_layers_that_do_not_run_do_no_harm(tmp_path, method, settings):
+    """A model that reads pictures has them; the others come to what they come to without."""
+    found = {}
+    for extra in ([], ["idle"]):
+        base = toys.base_model("llama")
+        for layer in base.model.layers:
+            layer.idle = nn.Linear(32, 32).requires_grad_(False)
+        given = {"base": base, "targets": ["q_proj", *extra], "method": method}
+        parts = make_parts(tmp_path / str(len(extra)), "llama", settings=settings, **given)
+        StageRunner(parts).run()
+        parts.recorder.close()
+        found[len(extra)] = load_factors(parts.run.stage(1).adapter)
+    assert sum("idle" in name for name in found[1]) == 2
+    for name, pair in found[0].items():
+        for mine, other in zip(pair, found[1][name], strict=True):
+            torch.testing.assert_close(other, mine, rtol=1e-5, atol=1e-6)
+
+
 # -- what nobody can tell apart --------------------------------------------------------------------
 
 
@@ -156,6 +185,29 @@ def test_an_unknown_shape_is_named(tmp_path, go):
     for part in (", 32] for ", "[rows, tokens, features]", "adapter.targets", "another method"):
         assert part in said
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in stage.adapted.base.modules())
+
+
+class Placed(nn.Module):
+    """A feed-forward part beside a layer that sees places, the same of every row."""
+
+    def __init__(self, inner, shape):
+        super().__init__()
+        self.inner, self.shape = inner, shape
+        self.places = nn.Linear(32, 32).requires_grad_(False)
+
+    def forward(self, x):
+        places = torch.linspace(0, 1, x.shape[1] * 32).view(*self.shape, x.shape[1], 32)
+        return self.inner(x) + self.places(places)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_an_input_that_rows_share_is_named(tmp_path, shape):
+    """Of one row alone it would look like any other."""
+    base = toys.base_model("llama")
+    base.model.layers[1].mlp = Placed(base.model.layers[1].mlp, shape)
+    stage = make_stage(tmp_path, "llama", base=base, targets=["q_proj", "places"])
+    with pytest.raises(MethodError, match=r"^model\.layers\.1\.mlp\.places: its input has"):
+        input_names(stage)
 
 
 def test_it_is_said_before_training(tmp_path):

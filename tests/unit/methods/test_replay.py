@@ -320,6 +320,16 @@ def test_a_state_knows_what_it_was_made_with(settings):
                 Replay(ReplayConfig(**other)).load_state_dict(state)
 
 
+def test_a_state_of_before_settings_were_noted_is_taken():
+    """Its run may still be resumed, scored and exported."""
+    method = Replay(ReplayConfig(rows=4))
+    method.memory = KeptRows.pack([(0, row) for row in toys.ToyRows(0, 4, 8).all])
+    state = {k: v for k, v in method.state_dict().items() if not k.startswith("made/")}
+    again = Replay(ReplayConfig(rows=4))
+    again.load_state_dict(state)
+    assert again.memory.unpack() == method.memory.unpack()
+
+
 def test_nothing_is_kept_before_the_first_task(tmp_path):
     method = method_class("replay")(ReplayConfig())
     assert method.state_dict() == {}

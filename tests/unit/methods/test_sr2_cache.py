@@ -15,6 +15,7 @@ from sr2_case import MODELS, SCALE, move, second_stage, term_of, trained
 
 from accrete.pipeline.errors import ConfigError, MethodError
 from accrete.pipeline.methods import sr2_lora
+from accrete.pipeline.methods.previous import previous_model
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.lora import ADAPTER
 from accrete.pipeline.records import Recorder
@@ -126,7 +127,7 @@ def test_the_adapter_is_back_after_a_second_forward(tmp_path):
     before = stage.logits(batch)
     method._again(stage, batch)
     assert torch.equal(stage.logits(batch), before)
-    with pytest.raises(RuntimeError, match="lost"), sr2_lora._neutral(stage):
+    with pytest.raises(RuntimeError, match="lost"), previous_model(stage):
         raise RuntimeError("lost")
     scales = {layer.module.scaling[ADAPTER] for layer in stage.adapted.layers.values()}
     assert scales == {SCALE}
