@@ -186,7 +186,9 @@ def _settings(record: RunRecord, prompts: bool) -> Settings:
     """What decides a run's result; empty where it has no recipe."""
     if not record.config:
         return {}
-    return training_settings(record.config) | scoring_settings(record.config, prompts=prompts)
+    learned = training_settings(record.config, rows=prompts)
+    scored = scoring_settings(record.config, prompts=prompts)
+    return learned | scored | {"branch": record.branched or "none"}
 
 
 def _differences(records: Sequence[RunRecord], prompts: bool) -> list[str]:
@@ -246,8 +248,8 @@ def _differing_prepared(a: RunRecord, b: RunRecord) -> list[str]:
         return []  # rows that accrete makes up follow the seed
     for task in a.tasks:
         x, y = (_counted(record.prepared.get(task, {})) for record in (a, b))
-        for name in x.keys() & y.keys():
-            if x[name] != y[name]:
+        for name in x:
+            if name in y and x[name] != y[name]:
                 return [
                     f"{a.path} and {b.path} were scored on other rows or prompts of {task} "
                     f"({name.replace('_', ' ')} {x[name]} against {y[name]})."
@@ -278,15 +280,20 @@ def _count(record: RunRecord, task: str) -> int | None:
 
 
 def _said_rows(record: RunRecord, ids: Mapping[str, frozenset[str]], task: str) -> str:
-    count = len(ids[task]) if task in ids else _count(record, task)
-    return "rows not recorded" if count is None else f"{count} rows"
+    if task in ids:
+        return f"{len(ids[task])} rows"
+    count = _count(record, task)
+    return "rows not recorded" if count is None else f"{count} rows, which ones is not recorded"
 
 
 def _metrics(record: RunRecord) -> tuple[str, ...]:
-    """The metric of each task, where the recipe says it."""
+    """The metric of each task: as it was prepared, or else as the recipe says."""
     tasks = record.config.get("tasks")
     found = tasks if isinstance(tasks, list) else []
-    return tuple(str(task.get("metric")) for task in found if isinstance(task, Mapping))
+    said = {task.get("name"): task.get("metric") for task in found if isinstance(task, Mapping)}
+    return tuple(
+        str(record.prepared.get(task, {}).get("metric") or said.get(task)) for task in record.tasks
+    )
 
 
 def _lines(groups: Mapping[_Key, Sequence[RunRecord]]) -> dict[_Key, Line]:

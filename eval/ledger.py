@@ -94,9 +94,15 @@ def run_seconds(events: Iterable[Mapping[str, Any]]) -> float | None:
     None while it is under way, and where the times of an earlier life were not recorded.
     """
     lives: list[list[Mapping[str, Any]]] = [[]]
+    done: set[tuple[Any, ...]] = set()
     for event in events:
-        if event["event"] in ("run_started", "resumed") or _starts_again(event, lives[-1]):
+        # A run cut off before its first checkpoint says no `resumed`, but does these again.
+        what = tuple(event.get(key) for key in ("event", "stage", "task", "moment"))
+        if event["event"] in ("run_started", "resumed") or what in done:
             lives.append([])
+            done.clear()
+        if event["event"] in ("stage_started", "scored"):
+            done.add(what)
         lives[-1].append(event)
     lives = [life for life in lives if life]
     if not lives or not any(_is_end(event) for event in lives[-1]):
@@ -104,14 +110,6 @@ def run_seconds(events: Iterable[Mapping[str, Any]]) -> float | None:
     spent = [_life_seconds(life) for life in lives]
     known = [seconds for seconds in spent if seconds is not None]
     return sum(known) if len(known) == len(spent) else None
-
-
-def _starts_again(event: Mapping[str, Any], life: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a stage begins anew: a run cut off before its first checkpoint says no `resumed`."""
-    return event["event"] == "stage_started" and any(
-        other["event"] == "stage_started" and other.get("stage") == event.get("stage")
-        for other in life
-    )
 
 
 def _is_end(event: Mapping[str, Any]) -> bool:

@@ -116,13 +116,24 @@ class RunRecord:
         started = self.first_event("run_started")
         for value in (
             self._matrix_file.get("tasks"),
+            self.config.get("tasks"),  # a branch's events begin with its parent's plan
             started.get("tasks"),
             started.get("plan"),
-            self.config.get("tasks"),
         ):
             if isinstance(value, list) and value:
                 return tuple(_task_name(item) for item in value)
         return tuple(dict.fromkeys(str(e["task"]) for e in self.events if e.get("task")))
+
+    @cached_property
+    def branched(self) -> str | None:
+        """`METHOD@stage-T` where another method learned the stages up to T; None elsewhere."""
+        found, method = None, self.method
+        for event in self.events:
+            if event["event"] == "run_started":
+                method = str(event.get("method", method))
+            elif event["event"] == "consolidated" and method != self.method:
+                found = f"{method}@stage-{event.get('stage')}"
+        return found
 
     @cached_property
     def matrix(self) -> AccuracyMatrix | None:

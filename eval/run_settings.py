@@ -42,8 +42,14 @@ machine: other rows in them are noticed by what was prepared from them."""
 TRAINING_SECTIONS = ("method", "adapter", "train")
 """Sections whose settings change what is learned."""
 
-TRAINING_KEYS = ("data.max_train_examples", "data.window_batches", "model.dropout")
-"""Settings of other sections that do."""
+TRAINING_KEYS = (
+    "data.max_train_examples",
+    "data.window_batches",
+    "data.streaming",
+    "data.stream_above_rows",
+    "model.dropout",
+)
+"""Settings of other sections that do: by which rows there are, or by their order."""
 
 TASK_TRAINING_KEYS = ("epochs", "max_steps")
 """Settings of each task that do."""
@@ -76,15 +82,18 @@ def scoring_settings(config: Mapping[str, Any], *, prompts: bool) -> Settings:
         for task in _tasks(filled):
             path = f"tasks.{task.get('name')}"
             found |= {f"{path}.{key}": _text(task.get(key)) for key in TASK_PROMPT_KEYS}
-            for key in ("splits", "per_label"):
-                found[f"{path}.{key}"] = _text(_value(task, f"{key}.{split}"))
+            found |= _rows_of(task, split)
     return found
 
 
-def training_settings(config: Mapping[str, Any]) -> Settings:
+def training_settings(config: Mapping[str, Any], *, rows: bool) -> Settings:
     """What a run learned with: two runs that differ here are no repetition of each other.
 
     How it was computed (engine, precision, micro-batches), logged and saved is left out.
+
+    Args:
+        config: Its resolved recipe; empty if it has none.
+        rows: With the settings that choose the rows of a task's training split.
     """
     filled = _with_defaults(config)
     found: Settings = {}
@@ -94,6 +103,8 @@ def training_settings(config: Mapping[str, Any]) -> Settings:
     for key in TASK_TRAINING_KEYS:
         values = [_text(task.get(key)) for task in _tasks(filled)]
         found[f"tasks.{key}"] = values[0] if len(set(values)) == 1 else "/".join(values)
+    for task in _tasks(filled) if rows else ():
+        found |= _rows_of(task, "train")
     return {key: value for key, value in found.items() if key not in ROUNDING_KEYS}
 
 
@@ -137,6 +148,12 @@ def _tasks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     tasks = config.get("tasks")
     found = tasks if isinstance(tasks, list) else []
     return [dict(task) if isinstance(task, Mapping) else {"name": str(task)} for task in found]
+
+
+def _rows_of(task: Mapping[str, Any], split: str) -> Settings:
+    """Settings of a task that choose the rows of one split."""
+    paths = (f"splits.{split}", f"per_label.{split}")
+    return {f"tasks.{task.get('name')}.{path}": _text(_value(task, path)) for path in paths}
 
 
 def _value(config: Mapping[str, Any], path: str) -> Any:

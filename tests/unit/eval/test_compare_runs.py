@@ -179,6 +179,33 @@ def test_without_predictions_there_are_no_tests(tmp_path: Path) -> None:
     assert "No paired tests" in setting.notes[0]
 
 
+def test_predictions_that_one_run_lost_are_named(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one", GOOD, method="ewc_lora"),
+        write_run(tmp_path / "two", BAD),
+    ]
+    (runs[1] / "stages/1/predictions.jsonl").unlink()
+    for run in runs:
+        matrix = json.loads((run / "matrix.json").read_text())
+        (run / "matrix.json").write_text(json.dumps({**matrix, "counts": [20, 20]}))
+    (setting,) = compare_runs(runs).settings
+    assert "(20 rows against 20 rows, which ones is not recorded)" in setting.notes[0]
+
+
+def test_a_branch_under_way_is_not_finished(tmp_path: Path) -> None:
+    """Its events begin with the plan of its parent, which had fewer tasks and is finished."""
+    events = [{"event": "run_started", "plan": [{"task": "a"}, {"task": "b"}]}]
+    events += [
+        {"event": "scored", "stage": stage, "task": task, "score": 50.0, "rows": 20}
+        for stage, task in ((0, "a"), (1, "a"), (1, "b"))
+    ]
+    run = write_run(tmp_path / "run", GOOD, tasks=("a", "b", "c"), events=events)
+    (run / "matrix.json").unlink()
+    (setting,) = compare_runs([run]).settings
+    assert (setting.tasks, setting.lines) == (("a", "b", "c"), [])
+    assert "2 of its 3 stages are scored" in setting.notes[0]
+
+
 def test_every_format(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "one", GOOD, method="ewc_lora"),

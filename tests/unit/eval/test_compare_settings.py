@@ -31,6 +31,7 @@ def only(runs: list[Path]) -> Setting:
         ("train", {"learning_rate": 1e-3, "global_batch_size": 64}, "global_batch_size=64"),
         ("adapter", {"rank": 16}, "rank=16"),
         ("data", {"max_train_examples": 50}, "max_train_examples=50"),
+        ("data", {"streaming": True}, "streaming=true"),
         ("model", {"dropout": 0.1}, "model.dropout=0.1"),
     ],
 )
@@ -92,6 +93,49 @@ def test_a_tasks_own_length_is_another_line(tmp_path: Path) -> None:
     assert [line.seeds for line in lines] == [[0, 1], [0]]
 
 
+@pytest.mark.parametrize("settings", [{"per_label": {"train": 2}}, {"splits": {"train": "big"}}])
+def test_other_training_rows_are_another_line(tmp_path: Path, settings: dict[str, Any]) -> None:
+    runs = [
+        write_run(tmp_path / "one", CELLS),
+        write_run(tmp_path / "two", WORSE, of_tasks={"a": settings}),
+    ]
+    setting = only(runs)
+    assert setting.ranked
+    ((key, chosen),) = settings.items()
+    said = f"tasks.a.{key}.train"
+    assert [line.settings for line in setting.lines] == [
+        {said: "null"},
+        {said: str(chosen["train"])},
+    ]
+
+
+def test_a_branch_from_another_method_is_another_line(tmp_path: Path) -> None:
+    """Its recipe is that of a straight run; what it learned first is not."""
+
+    def events(*methods: str) -> list[dict[str, Any]]:
+        """Each stage learned by its method; a branch announces itself."""
+        found: list[dict[str, Any]] = []
+        for stage, method in enumerate(methods):
+            if method not in methods[:stage]:
+                found.append({"event": "run_started", "method": method})
+            found.append({"event": "consolidated", "stage": stage})
+        return found
+
+    def run(name: str, seed: int, *methods: str) -> Path:
+        return write_run(
+            tmp_path / name, CELLS, method="ewc_lora", seed=seed, events=events(*methods)
+        )
+
+    straight = [run("one", 0, "ewc_lora", "ewc_lora"), run("two", 1, "ewc_lora", "ewc_lora")]
+    branch = run("three", 0, "sequential", "ewc_lora")
+    assert {line.label: line.seeds for line in only([*straight, branch]).lines} == {
+        "ewc_lora (branch=none)": [0, 1],
+        "ewc_lora (branch=sequential@stage-0)": [0],
+    }
+    (line,) = only(straight).lines
+    assert line.label == "ewc_lora"
+
+
 def test_labels_say_what_differs_and_no_more(tmp_path: Path) -> None:
     def run(name: str, kind: str, **settings: dict[str, Any]) -> Path:
         return write_run(tmp_path / name, CELLS, method=kind, sections=settings)
@@ -148,8 +192,8 @@ def test_a_run_without_a_recipe_is_a_line_of_its_own(tmp_path: Path) -> None:
         ({}, {"label_names": ["x", "y"]}, "tasks.b.label_names differs"),
         ({}, {"family": "NLI"}, "tasks.b.family differs"),
         ({}, {"dataset": "other"}, "tasks.b.dataset differs"),
-        ({}, {"per_label": {"test": 3}}, "tasks.b.per_label differs"),
-        ({}, {"splits": {"test": "validation"}}, "tasks.b.splits differs"),
+        ({}, {"per_label": {"test": 3}}, "tasks.b.per_label.test differs"),
+        ({}, {"splits": {"test": "validation"}}, "tasks.b.splits.test differs"),
     ],
 )
 def test_other_prompts_or_rows_are_not_ranked(
@@ -206,6 +250,36 @@ def test_rows_that_were_prepared_otherwise_are_not_ranked(tmp_path: Path) -> Non
     # Training rows are in the fingerprint as well: it alone is no reason.
     three = write_run(tmp_path / "three", WORSE, prepared=prepared("more training rows"))
     assert only([one, three]).ranked
+
+
+def test_the_first_count_that_differs_is_named(tmp_path: Path) -> None:
+    """Not any of them: the same runs give the same notes."""
+    names = ("rows", "mean_prompt_tokens", "max_prompt_tokens", "mean_answer_tokens")
+    runs = [
+        write_run(
+            tmp_path / str(value),
+            CELLS,
+            method=f"m{value}",
+            prepared=prepared(f"f{value}", **dict.fromkeys(names, value)),
+        )
+        for value in (4, 5)
+    ]
+    (note,) = only(runs).notes
+    assert "prompts of b (rows 4 against 5)" in note
+
+
+def test_other_metrics_are_not_ranked_though_no_recipe_names_one(tmp_path: Path) -> None:
+    """A layout says its metric, and may say another one in a later accrete."""
+    found = copy.deepcopy(PREPARED)
+    found["b"]["metric"] = "rouge_l"
+    known = {task: {"metric": "exact_match", **said} for task, said in PREPARED.items()}
+    runs = [
+        write_run(tmp_path / "one", CELLS, method="ewc_lora", prepared=known),
+        write_run(tmp_path / "two", WORSE, prepared={**known, "b": found["b"]}),
+    ]
+    setting = only(runs)
+    assert not setting.ranked
+    assert any("score some task by different metrics" in note for note in setting.notes)
 
 
 def test_the_same_prepared_rows_need_no_same_words(tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_a_run_begun_again_without_a_checkpoint_has_two_lives() -> None:
     assert run_seconds(events) == pytest.approx(41 + 71)
 
 
+def test_the_untrained_model_scored_again_is_of_the_second_life() -> None:
+    """It comes before the stage; the pause before it is no time at work."""
+    untrained = {**scored("b", 8.0, 7.0), "stage": -1, "moment": "untrained"}
+    started = {"event": "stage_started", "stage": 0, "task": "a"}
+    events = [
+        {"event": "run_started", "time": 0.0},
+        untrained,
+        {**started, "time": 9.0},
+        *steps(1, 4, began=10.0),
+        {**untrained, "time": 100_000.0},
+        {**started, "time": 100_001.0},
+        {"event": "run_finished", "time": 100_060.0, "seconds": 67.0},
+    ]
+    assert run_seconds(events) == pytest.approx(50 + 67)
+
+
 def test_the_report_shows_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [[[1, 0]], [[1, 0], [1, 1]]], events=resumed_run())
     content = report_content(RunRecord(run))
