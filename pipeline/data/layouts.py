@@ -226,7 +226,7 @@ def _tasl(root: Path, task: TaskConfig, data: DataConfig) -> Located:
         dataset=name,
         splits=splits,
         # As in SAPT, whose SuperNI rows these are.
-        metric="rouge_l" if is_superni(name) else None,
+        metric="rouge_l" if is_superni(name) and task.labels is None else None,
         raw=True,
     )
 

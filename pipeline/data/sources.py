@@ -139,7 +139,9 @@ class Source:
         most = self.task.per_label.get(split)
         if most is None:
             return itertools.islice(rows, limit)
-        first = _per_label(rows, most, self.info.labels)
+        # A mark for "no label" is none: it takes no share, and fills no label before reading ends.
+        gold = (r for r in rows if isinstance(r, Problem) or r.references[0] != self.info.no_gold)
+        first = _per_label(gold, most, self.info.labels)
         return first if limit is None else _balanced(first, limit, self.info.labels)
 
 

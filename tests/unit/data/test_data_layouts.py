@@ -217,6 +217,8 @@ def test_superni_tasks_in_the_layout_of_tasl_are_scored_by_rouge(tmp_path: Path)
     assert (info.metric, info.raw) == ("rouge_l", True)
     own = describe_task(TaskConfig(name="task363", metric="exact_match"), data)
     assert own.metric == "exact_match"
+    closed = describe_task(TaskConfig(name="task363", labels=["P", "N"]), data)
+    assert closed.metric == "exact_match"
 
 
 def test_trace(tmp_path: Path) -> None:

@@ -97,3 +97,19 @@ def test_a_shared_limit_reads_no_further_than_it_must(tmp_path: Path) -> None:
         *("t0", "t1", "t2", "t10", "t11", "t12"),
     ]
     assert any(isinstance(row, Problem) for row in source.scan("train", 60))
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_rows_without_gold_are_no_label(tmp_path: Path, limit: int | None) -> None:
+    """O-LoRA's MNLI marks them by `-`: counted as a label they would end the reading too early."""
+    folder = tmp_path / "NLI" / "MNLI"
+    folder.mkdir(parents=True)
+    labels = ["neutral", "entailment", "contradiction"]
+    rows = [{"sentence": "x", "label": label} for label in ("-", *labels) for _ in range(4)]
+    for split in ("train", "test"):
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+    (folder / "labels.json").write_text(json.dumps(labels))
+    task = TaskConfig(name="mnli", per_label={"test": 2})
+    source = open_source(task, DataConfig(root=str(tmp_path)))
+    found = [row for row in source.scan("test", limit) if isinstance(row, Example)]
+    assert [row.references[0] for row in found] == [label for label in labels for _ in range(2)]
