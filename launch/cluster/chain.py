@@ -62,7 +62,7 @@ def await_parent(folder: RunDir, seconds: float = VISIBLE_S) -> int:
 
     Args:
         folder: The branch's run folder.
-        seconds: How long the parent's files may take to show up here.
+        seconds: How long the parent's files may take to show up here, and Slurm to answer.
 
     Raises:
         RunFolderError: The parent lacks the stage, and no job works on it.
@@ -74,13 +74,25 @@ def await_parent(folder: RunDir, seconds: float = VISIBLE_S) -> int:
     if folder.is_run() or attempts.has_finished(parent):
         return BEGIN
     job = attempts.queued_job(parent)
-    if job is not None and slurm.job_state(job) is not None:
+    if job is not None and _is_held(job, seconds):
         options = ["--kill-on-invalid-dep=yes", f"--dependency=afterok:{job}"]
         mine = submit_next(folder, options)
         _say(f"{parent.path} goes on in job {job}; job {mine} waits for it, in place of this one")
         return WAITS
     _require_stage(parent, branch.stage, seconds)
     return BEGIN
+
+
+def _is_held(job: str, seconds: float) -> bool:
+    """Whether Slurm holds a job; a slurmctld that is busy is asked again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return slurm.job_state(job) is not None
+        except slurm.SlurmError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(5)
 
 
 def _require_stage(parent: RunDir, stage: int, seconds: float) -> None:

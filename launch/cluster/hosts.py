@@ -185,6 +185,8 @@ def with_hosts(
         names = list(slots)
         procs_per_node = _common_slots(hostfile, slots, procs_per_node) or cluster.procs_per_node
     else:
+        names = cluster.hosts.hosts
+    if not names:
         return cluster
     return replace(
         cluster,

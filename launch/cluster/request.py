@@ -222,7 +222,7 @@ def with_own_caches(cluster: ClusterConfig) -> ClusterConfig:
         if variable in here and getattr(cluster.storage, name) is None and variable not in said
     }
     parts = {}
-    if cluster.storage.hf_home is None:
+    if cluster.storage.hf_home is None and "HF_HOME" not in said:
         # Nodes that ask the hub keep the rows on a disk of their own.
         wanted = HUB_PARTS if cluster.storage.offline else HUB_PARTS[:1]
         parts = {name: here[name] for name in wanted if name in here and name not in said}

@@ -24,7 +24,11 @@ _GPU = re.compile(r"(^|,)gpu([:(,]|$)")
 """One of the resources that a node has: `lscratch:800,gpu:a100:8(S:0,1)`."""
 _PARTITION = re.compile(r"^\s*(?:--partition[=\s]|-p)\s*[\"']?([^\s\"'#]+)", re.MULTILINE)
 _OF_THIS_JOB = re.compile(r"SLURM_(ARRAY_|RESTART_COUNT$)")
-_BECOME_NODE = 'export NODE_RANK="$SLURM_NODEID"; exec "$@"'
+_NO_SUCH_JOB = "Invalid job id"
+"""What Slurm says of a job that it no longer knows, with the status that any failure has."""
+_SET_ASIDE = 'become=("$@"); set --'
+"""A script that `setup` sources without arguments would take the shell's own for its own."""
+_BECOME_NODE = 'export NODE_RANK="$SLURM_NODEID"; exec "${become[@]}"'
 
 
 class SlurmError(InputError):
@@ -42,10 +46,8 @@ def start(request: LaunchRequest) -> int:
 
     Raises:
         SlurmError: There is no Slurm here, or it refuses the job.
-        RunFolderError: A job for this run is queued already.
     """
     require_slurm(request.launch_dir / SCRIPT)
-    require_idle(request)
     require_enough_nodes(request)
     script = request.launch_dir / SCRIPT
     job = submit(script)
@@ -93,6 +95,7 @@ def require_idle(request: LaunchRequest) -> None:
 
     Raises:
         RunFolderError: It does.
+        SlurmError: Slurm does not say.
     """
     if shutil.which("squeue") is None:
         return
@@ -114,9 +117,12 @@ def job_state(job: str) -> str | None:
         SlurmError: Slurm does not answer.
     """
     done = _call(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
-    if done.returncode != 0 or not done.stdout.strip():
-        return None
-    return done.stdout.split()[0]
+    if done.returncode != 0 and _NO_SUCH_JOB not in done.stderr:
+        raise SlurmError(
+            f"squeue does not say whether job {job} is still there: {done.stderr.strip()}. Try "
+            "again when Slurm answers."
+        )
+    return next(iter(done.stdout.split()), None)
 
 
 def require_enough_nodes(request: LaunchRequest) -> None:
@@ -237,7 +243,7 @@ def render_script(request: LaunchRequest, options: Sequence[str]) -> str:
         python=request.python,
         time_s=request.time_s or 0,
         setup=request.cluster.setup,
-        on_node="\n".join([*request.cluster.setup, _BECOME_NODE]),
+        on_node="\n".join([_SET_ASIDE, *request.cluster.setup, _BECOME_NODE]),
         port=request.cluster.network.port,
         first_port=FIRST_PORT,
         ports=PORTS,

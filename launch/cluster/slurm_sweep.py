@@ -67,8 +67,6 @@ def start(requests: Sequence[LaunchRequest], folder: Path) -> int:
     """
     slurm.require_slurm(folder / "launch" / ARRAY_SCRIPT)
     slurm.require_enough_nodes(requests[0])
-    for request in requests:
-        slurm.require_idle(request)
     done = subprocess.run(
         ["bash", str(folder / "launch" / SUBMIT_SCRIPT)], capture_output=True, text=True
     )

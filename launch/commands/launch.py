@@ -92,7 +92,7 @@ def slurm(
         _sweep(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster, dry_run, sweep)
         return
     request = _request(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster)
-    _launch(request, launcher, dry_run, launcher.require_idle)
+    _launch(request, launcher, dry_run)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def hosts(
         return _fill_in(launcher, settings) if dry_run else settings
 
     request = _request(recipe, overrides, nodes, procs_per_node, run_dir, time, cluster, add_hosts)
-    _launch(request, launcher, dry_run, launcher.require_idle)
+    _launch(request, launcher, dry_run)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def k8s(
 
     options = (recipe, overrides, nodes, procs_per_node, folder, time, cluster, adapt)
     request = _request(*options, own_caches=False)
-    _launch(request, launcher, dry_run)  # pods have their own copy of the files
+    _launch(request, launcher, dry_run)
 
 
 def _request(
@@ -196,32 +196,20 @@ def _fill_in(launcher: ModuleType, settings: ClusterConfig) -> ClusterConfig:
     return filled
 
 
-def _launch(
-    request: LaunchRequest,
-    launcher: ModuleType,
-    dry_run: bool,
-    require_idle: Callable[[LaunchRequest], None] = lambda request: None,
-) -> None:
-    """Make the folder ready, keep what is rendered, start; or only show it.
-
-    Args:
-        request: The request.
-        launcher: With `render` and `start`.
-        dry_run: Only show it.
-        require_idle: Refuses where processes of this run may still read the files.
-    """
+def _launch(request: LaunchRequest, launcher: ModuleType, dry_run: bool) -> None:
+    """Make the folder ready, keep what `launcher` renders, start; or only show it."""
     from accrete.launch.cluster.request import prepare_run, write_files
 
     rendered: dict[str, str] = launcher.render(request)
     if dry_run:
-        if _are_idle([request], require_idle):
+        if _are_idle([request]):
             write_files(request, rendered)
         _show(request.launch_dir, rendered)
         return
     if attempts.has_finished(request.folder):
         typer.echo(f"{request.run_dir}: this run is finished; see {request.folder.report}")
         return
-    require_idle(request)
+    _require_idle(request)
     made = False
     if request.cluster.prepare == "submit":
         made = prepare_run(request, lambda line: typer.echo(line, err=True))
@@ -237,13 +225,22 @@ def _launch(
         raise typer.Exit(status)
 
 
-def _are_idle(
-    requests: Sequence[LaunchRequest], require_idle: Callable[[LaunchRequest], None]
-) -> bool:
+def _require_idle(request: LaunchRequest) -> None:
+    """Refuse where processes of this run may still read its files, whoever has launched them.
+
+    Pods do not: they have their own copy.
+    """
+    from accrete.launch.cluster import hosts, slurm
+
+    slurm.require_idle(request)
+    hosts.require_idle(request)
+
+
+def _are_idle(requests: Sequence[LaunchRequest]) -> bool:
     """For --dry-run: whether nothing reads the runs' files; if something may, a word about it."""
     for request in requests:
         try:
-            require_idle(request)
+            _require_idle(request)
         except InputError as error:
             typer.echo(f"warning: {error}\n  Nothing is written; a start would use:", err=True)
             return False
@@ -287,13 +284,13 @@ def _sweep(
         write_scripts(folder / "launch", rendered)
 
     if dry_run:
-        if _are_idle(requests, slurm.require_idle):
+        if _are_idle(requests):
             write()
         _show(folder / "launch", rendered)
         _show(requests[0].launch_dir, slurm.render(requests[0]))
         return
     for request in requests:
-        slurm.require_idle(request)
+        _require_idle(request)
     made = []
     try:
         for request in requests:

@@ -109,4 +109,4 @@ def plan(
         return
     from rich.console import Console
 
-    Console().print(plan_view(content, None if place.gpu is None else place.gpu.gib))
+    Console().print(plan_view(content, place.gib))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from accrete.launch.cluster.contract import usable_cores
 from accrete.launch.environment import choose_device, choose_procs
 from accrete.launch.forecast.calibrate import calibrate
 from accrete.launch.forecast.speed import (
@@ -39,6 +39,8 @@ class Place:
     """This machine is the place."""
     gpu: Gpu | None
     """A GPU of the table; None: unknown, or no GPU."""
+    gib: float | None = None
+    """Memory of a GPU, in the table or not; None: unknown, or no GPU."""
     mfu: float = ASSUMED_MFU
     network: float | None = None
     """Bytes per second between nodes; None: unknown."""
@@ -95,12 +97,14 @@ def choose_place(
     named = find_gpu(gpu) if gpu is not None else None
     if cluster is None and nodes is None and procs_per_node is None and named is None:
         device = choose_device(config.engine)
+        known, gib = gpu_here() if device == "cuda" else (None, None)
         return Place(
             device=device,
             nodes=1,
             procs=choose_procs(config.engine, device),
             here=True,
-            gpu=gpu_here() if device == "cuda" else None,
+            gpu=known,
+            gib=gib,
             mfu=mfu or ASSUMED_MFU,
         )
     from accrete.launch.cluster.settings import load_cluster
@@ -128,6 +132,7 @@ def choose_place(
         procs=procs,
         here=False,
         gpu=named,
+        gib=None if named is None else named.gib,
         mfu=mfu or ASSUMED_MFU,
         network=network,
     )
@@ -177,6 +182,6 @@ def _without_measuring(place: Place, forecaster: Forecaster) -> AssumedSpeed | N
         return assumed_gpu(place.gpu, forecaster.plan.dtype, place.mfu, place.link())
     if place.device == "cuda":
         return None
-    threads = max(1, len(os.sched_getaffinity(0)) // place.procs)
+    threads = max(1, usable_cores() // place.procs)
     speed = replace(quick_cpu(threads), link=place.link())
     return speed if place.here else replace(speed, basis=f"as if of this machine: {speed.basis}")

@@ -217,7 +217,7 @@ class Forecaster:
     def memory(self, index: int, cost: MethodCost) -> list[RankMemory]:
         """Of a stage, at every ZeRO stage."""
         trace = self.tracer.trace(self.largest(self.tasks[index]))
-        scoring = max(self.tracer.scoring(self.scored(task)) for task in self.seen(index))
+        scoring = max(self.scoring.peak(task, self.scored(task)) for task in self.seen(index))
         trace = replace(trace, scoring=scoring)
         running = self.running(self.tasks[index], cost)
         device = self.plan.device

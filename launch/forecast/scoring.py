@@ -1,10 +1,10 @@
-"""Seconds of scoring: one forward over every row, or decoding, token by token with a cache."""
+"""Scoring, its seconds and its peak: a forward over every row, or decoding with a cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -83,10 +83,7 @@ class Scoring:
 
     def _decoding(self, task: TaskRows, shape: BatchShape, speed: Speed, new: float) -> float:
         """Seconds until all rows are decoded, if every batch takes so many new tokens."""
-        # As the evaluator packs them: with room for the longest answer that it allows.
-        length = task.prompt + task.answer + task.most_new_tokens
-        budget = self._plan.config.eval.batch_tokens
-        rows = max(1, min(int(budget // length), task.scored))
+        rows = self._decoded_rows(task)
         rounds = math.ceil(math.ceil(task.scored / rows) / self._world)
         trace = self._tracer.trace(shape)
         flops, kernels = self._one_token(shape)
@@ -100,6 +97,31 @@ class Scoring:
             gathered_bytes=self._gathered,
         )
         return rounds * (prompts + max(0.0, new - 1.0) * speed.token_seconds(token))
+
+    def peak(self, task: TaskRows, shape: BatchShape) -> float:
+        """Most bytes alive while a task is scored.
+
+        Args:
+            task: Its rows.
+            shape: A batch of them, as a forward pass decides it.
+        """
+        live = 0.0 if task.decoded else self._tracer.scoring(shape)
+        if not (task.decoded or self._plan.config.eval.decode_misses):
+            return live
+        rows = self._decoded_rows(task)
+        prompts = self._tracer.scoring(replace(shape, rows=rows, answer=1))
+        if not self._plan.seq2seq:  # an encoder is done before the cache begins
+            prompts += rows * task.prompt * self._cache
+        # To grow, a block's keys are copied, and then its values.
+        blocks = depth(self._plan.settings)[-1]
+        last = rows * (task.prompt + task.most_new_tokens) * self._cache * (1 + 0.5 / blocks)
+        return max(live, prompts, last)
+
+    def _decoded_rows(self, task: TaskRows) -> int:
+        """Rows of a batch, as the evaluator packs them: with room for the longest answer."""
+        length = task.prompt + task.answer + task.most_new_tokens
+        budget = self._plan.config.eval.batch_tokens
+        return max(1, min(int(budget // length), task.scored))
 
     def _one_token(self, shape: BatchShape) -> tuple[float, float]:
         """Arithmetic and kernels of one more token for every row of a micro-batch."""

@@ -83,13 +83,10 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[key]
 
 
-def gpu_here() -> Gpu | None:
-    """This machine's GPU in the table, by its name, with the memory that it has."""
-    if not torch.cuda.is_available():
-        return None
-    gpu = gpu_by_name(torch.cuda.get_device_name())
+def gpu_here() -> tuple[Gpu | None, float]:
+    """This machine's GPU in the table, by its name, and the GiB that it reports itself."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return None if gpu is None else replace(gpu, gib=size / 2**30)
+    return gpu_by_name(torch.cuda.get_device_name()), size / 2**30
 
 
 def gpu_by_name(name: str) -> Gpu | None:

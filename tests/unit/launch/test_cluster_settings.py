@@ -142,6 +142,7 @@ def test_nodes_get_the_parts_of_the_hub_cache_that_were_moved(
     assert environment(storage=online) == {"HF_HUB_CACHE": "/scratch/models"}
     # What the cluster says holds.
     assert environment(storage=StorageConfig(hf_home="/b")) == {}
+    assert environment(setup=["export HF_HOME=/d"]) == {}
     assert environment(env={"HF_HUB_CACHE": "/c"}) == {**both, "HF_HUB_CACHE": "/c"}
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from forecast_case import model_plan
 
-from accrete.launch.forecast.speed import GPUS, gpu_by_name, gpu_here
+from accrete.launch.forecast.place import choose_place
+from accrete.launch.forecast.speed import GPUS, gpu_by_name
 
 
 @pytest.mark.parametrize(
@@ -51,13 +54,37 @@ def test_a_slice_has_its_share_of_the_arithmetic() -> None:
 def test_memory_is_that_of_the_device(
     name: str, gib: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    here(monkeypatch, name, gib)
+    place = choose_place(model_plan("llama").config)
+    assert place.gpu is not None
+    assert place.gib == gib
+    # What the maker says of another one is not asked for here.
+    assert choose_place(place_config("cuda"), gpu="h100").gib == GPUS["h100"].gib
+
+
+def test_a_gpu_outside_the_table_has_its_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch, "Tesla T4", 14.6)
+    place = choose_place(model_plan("llama").config)
+    assert place.gpu is None
+    assert place.gib == pytest.approx(14.6)
+
+
+def test_a_cpu_has_no_memory_to_fit_into() -> None:
+    assert choose_place(place_config("cpu")).gib is None
+
+
+def place_config(device: str) -> Any:
+    return model_plan("llama", engine={"device": device}).config
+
+
+def here(monkeypatch: pytest.MonkeyPatch, name: str, gib: float) -> None:
+    """Let PyTorch see one GPU."""
     properties = SimpleNamespace(total_memory=int(gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = gpu_here()
-    assert found is not None
-    assert found.gib == gib
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    assert gpu_here() is None
+    for key, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda: name,
+        "get_device_properties": lambda device: properties,
+    }.items():
+        monkeypatch.setattr(torch.cuda, key, value)

@@ -1,21 +1,25 @@
-"""The peak of long stacks beside whole traces, and the model whole on every rank at the start."""
+"""Peaks: of long stacks beside whole traces, of decoding, of the whole model at the start."""
 
 from __future__ import annotations
 
+import gc
 import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from forecast_case import BATCH, model_plan, settings, task
 from rich.console import Console
 
 from accrete.launch.forecast import trace
+from accrete.launch.forecast.live_bytes import LiveBytes
 from accrete.launch.forecast.methods import MethodCost
 from accrete.launch.forecast.run import Forecaster
 from accrete.launch.forecast.shapes import ModelPlan
 from accrete.launch.forecast.trace import Trace, Tracer
 from accrete.launch.forecast.view import forecast_view
+from accrete.pipeline.config.run import EvalConfig
 
 BLOCKS, WIDE = 12, 2048
 GIB = 2**30
@@ -98,6 +102,54 @@ def test_a_pass_of_many_blocks_holds_no_less_than_waits(kind: str) -> None:
     said = forecaster.running(long, forecaster.cost(0))
     room = trace.UNSETTLED * (whole.activations + forecaster.plan.whole_bytes)
     assert max(whole.held, whole.activations) <= said + 1 <= whole.activations + room + 2
+
+
+# -- decoding -----------------------------------------------------------------------------------
+
+
+def decoding_peak(plan: ModelPlan, rows: int, prompt: int, new: int) -> int:
+    """Most bytes alive while rows are decoded, all to the limit."""
+    adapted = plan.build("cpu")
+    ids = torch.randint(2, 60, (rows, prompt))
+    mask = torch.ones_like(ids)
+    mask[: rows // 2, :3] = 0
+    live = LiveBytes()
+    live.leave_out([*adapted.module.parameters(), *adapted.module.buffers(), ids, mask])
+    gc.collect()
+    options = {"min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    with torch.no_grad(), live:
+        adapted.module.eval().generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new, use_cache=True, **options
+        )
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "prompt", "new", "misses"),
+    [
+        ("t5", 8, 40, 20, False),
+        ("llama", 8, 40, 4, False),
+        ("llama", 8, 20, 20, False),
+        ("llama", 16, 10, 40, True),
+    ],
+)
+def test_decoding_keeps_keys_and_values(
+    kind: str, blocks: int, prompt: int, new: int, misses: bool
+) -> None:
+    rows = 16
+    plan = model_plan(kind, blocks=blocks)
+    if kind == "t5":
+        plan.settings.num_decoder_layers = blocks  # generate() makes caches for as many
+    scored = EvalConfig(decode_misses=misses, batch_tokens=rows * (prompt + 3 + new))
+    plan = replace(plan, config=replace(plan.config, eval=scored))
+    long = {"prompt": prompt, "padded_prompt": prompt, "longest_prompt": prompt}
+    one = replace(task(scored=700), **long, decoded=not misses, most_new_tokens=new)
+    rank = Forecaster(plan, [one], 1).memory(0, MethodCost())[0]
+    said = rank.scoring - rank.weights - rank.moments
+    real = decoding_peak(plan, rows, prompt, new)
+    assert real <= 1.1 * said
+    if not misses:  # where the forward pass over the answers may be the peak
+        assert real >= 0.85 * said
 
 
 # -- the start ----------------------------------------------------------------------------------

@@ -90,6 +90,29 @@ def test_hosts_of_the_command_line(tmp_path: Path) -> None:
         given("a", file)
 
 
+def test_hosts_of_the_clusters_file() -> None:
+    """All of them, where nobody says how many."""
+    cluster = ClusterConfig(procs_per_node=4, hosts=HostsConfig(hosts=["a", "b", "c"]))
+    found = hosts.with_hosts(cluster, None, None, nodes=None, procs_per_node=None)
+    assert (found.nodes, found.procs_per_node) == (3, 4)
+    assert hosts.with_hosts(CLUSTER, None, None, nodes=2, procs_per_node=None) == CLUSTER
+
+
+def test_what_setup_sources_has_no_arguments(tmp_path: Path) -> None:
+    """`source miniconda3/bin/activate` takes its shell's arguments where it gets none."""
+    said = tmp_path / "said"
+    (tmp_path / "activate").write_text(f'echo "activate $*" >>{said}\n')
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$NODE_RANK of $NNODES" >>{said}\n')
+    python.chmod(0o755)
+    cluster = replace(CLUSTER, python=str(python), setup=[f". {tmp_path}/activate"])
+    script = hosts.render(request_for(cluster))["node.sh"]
+    (tmp_path / "node.sh").write_text(script)
+    words = ["bash", str(tmp_path / "node.sh"), "node2", "1", "2", "node1", "29500", "first"]
+    subprocess.run(words, stdin=subprocess.DEVNULL, env={"TMPDIR": str(tmp_path)}, timeout=60)
+    assert said.read_text() == "activate \n1 of 2\n"
+
+
 def test_a_dry_run_makes_names_up() -> None:
     filled, missing = hosts.with_placeholders(ClusterConfig(nodes=2))
     assert filled.hosts.hosts == ["node1", "node2"]

@@ -13,6 +13,8 @@ from accrete.launch.cluster.settings import ClusterConfig
 from accrete.pipeline.errors import RunFolderError
 from accrete.pipeline.run_dir import RunDir
 
+SILENCE = "Unable to contact slurm controller"
+
 
 class PaperQueue:
     """Slurm's queue: jobs with their state, and what was submitted."""
@@ -95,6 +97,47 @@ def test_a_branch_waits_for_its_parents_next_job(
     options = ["--kill-on-invalid-dep=yes", "--dependency=afterok:50"]
     assert queue.asked == [(branch.launch / "job.sbatch", options)]
     assert attempts.queued_job(branch) == "101"
+
+
+def test_a_branch_does_not_take_silence_for_its_parents_end(
+    queue: PaperQueue, parent: RunDir, branch: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts.note_queued(parent, "50")
+    stage = parent.checkpoints / "stage-1" / "checkpoint.json"
+    stage.parent.mkdir(parents=True)
+    stage.touch()  # and the parent goes on
+    states = iter([SILENCE, SILENCE, "RUNNING"])
+
+    def job_state(job: str) -> str:
+        state = next(states)
+        if state is SILENCE:
+            raise slurm.SlurmError(state)
+        return state
+
+    monkeypatch.setattr(slurm, "job_state", job_state)
+    monkeypatch.setattr(chain.time, "sleep", lambda seconds: None)
+    assert chain.await_parent(branch, 60) == 75
+    states = iter([SILENCE] * 2)
+    monkeypatch.setattr(chain.time, "monotonic", iter([0.0, 50.0, 61.0]).__next__)
+    with pytest.raises(slurm.SlurmError, match=SILENCE):
+        chain.await_parent(branch, 60)
+
+
+def test_only_slurm_says_that_a_job_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def answer(said: str, status: int) -> str | None:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{said}\nexit {status}\n")
+        (tmp_path / "squeue").chmod(0o755)
+        return slurm.job_state("41_0")
+
+    assert answer("echo RUNNING", 0) == "RUNNING"
+    assert answer("", 0) is None
+    assert answer("echo 'slurm_load_jobs error: Invalid job id specified' >&2", 1) is None
+    with pytest.raises(slurm.SlurmError, match=f"whether job 41_0 is still there: .*{SILENCE}"):
+        answer(f"echo 'slurm_load_jobs error: {SILENCE}' >&2", 1)
 
 
 def test_a_branch_begins(queue: PaperQueue, parent: RunDir, branch: RunDir) -> None:

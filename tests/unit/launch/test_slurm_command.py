@@ -130,8 +130,8 @@ def test_an_element_of_the_array_is_the_run_of_its_number(tmp_path: Path) -> Non
 def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`accrete launch slurm` in this process: status, what it printed, what it complained of."""
 
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["accrete", "launch", "slurm", *map(str, words)])
+    def call(*words: object, launcher: str = "slurm") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["accrete", "launch", launcher, *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
         told = capsys.readouterr()
@@ -186,6 +186,37 @@ def test_the_files_of_a_run_that_is_queued_stay_as_they_are(
     assert status == 2
     assert "job 5 of this run is running" in complaint
     assert read_folder(run) == before
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "hosts"])
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [
+        ("echo RUNNING", "job 5 of this run is running"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "whether job 5 is still there"),
+    ],
+)
+def test_no_launcher_takes_a_queued_run_over(
+    launch,
+    paper: PaperSlurm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+    squeue: str,
+    said: str,
+) -> None:
+    monkeypatch.setenv("PATH", paper.environment()["PATH"])
+    run = tmp_path / "run"
+    attempts.note_queued(RunDir(run), "5")
+    paper.write("squeue", squeue)
+    before = read_folder(run)
+    hosts = ["--hosts", "one"] if launcher == "hosts" else []
+    words = ("quickstart", *hosts, "--run-dir", run)
+    for dry_run, status in (([], 2), (["--dry-run"], 0)):
+        ended, _, complaint = launch(*words, *dry_run, launcher=launcher)
+        assert ended == status
+        assert said in complaint
+        assert read_folder(run) == before
 
 
 def test_without_slurm_nothing_is_left_behind(

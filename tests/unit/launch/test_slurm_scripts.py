@@ -243,6 +243,16 @@ def test_setup_runs_on_every_node_and_may_read_what_is_not_set(
     assert words == ["setup of the", "setup of 0", node, "setup of 1", node]
 
 
+def test_what_setup_sources_has_no_arguments(paper: PaperSlurm, tmp_path: Path) -> None:
+    """`source miniconda3/bin/activate` takes its shell's arguments where it gets none."""
+    (tmp_path / "activate").write_text(f'echo "activate $*" >>{paper.log}\n')
+    step = 'while [ "$1" != bash ]; do shift; done\n"$@"'
+    setup = (f". {tmp_path}/activate",)
+    assert run_job(paper, tmp_path, verdict=0, during=step, setup=setup) == 0
+    assert [x for x in paper.calls() if x.startswith("activate")] == ["activate "] * 2
+    assert any(x.startswith("python -m accrete.launch.cluster.node") for x in paper.calls())
+
+
 def test_the_nodes_get_all_variables(paper: PaperSlurm, tmp_path: Path) -> None:
     """Also where `--export=NONE` has left srun a SLURM_EXPORT_ENV that says otherwise."""
     run_job(paper, tmp_path, verdict=0)
