@@ -10,6 +10,8 @@ from accrete.pipeline.distributed import comm
 from accrete.pipeline.stage import aligned_logits
 
 if TYPE_CHECKING:
+    from transformers import EncoderDecoderCache
+
     from accrete.pipeline.data.collate import Batch
     from accrete.pipeline.distributed.engine import Engine
     from accrete.pipeline.models.load import ModelFacts
@@ -56,12 +58,25 @@ class LiveModel:
             do_sample=False,
             num_beams=1,
             use_cache=True,
+            past_key_values=self._cache(),
             pad_token_id=self._facts.pad_id,
             eos_token_id=self._facts.eos_id,
             synced_gpus=self._synced,
         )
         skip = 1 if self.seq2seq else inputs["input_ids"].shape[1]
         return [self._until_end(tokens) for tokens in sequences[:, skip:].tolist()]
+
+    def _cache(self) -> EncoderDecoderCache | None:
+        """A cache that grows block by block, where transformers would size it by the encoder.
+
+        It does for the T5 family: with a deeper decoder, `generate` ends in an IndexError.
+        """
+        config = self._engine.module.config
+        if (getattr(config, "num_decoder_layers", None) or 0) <= getattr(config, "num_layers", 0):
+            return None
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         return (

@@ -15,7 +15,7 @@ import torch
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.full import FullModel, trained_precision
-from accrete.pipeline.models.load import DROPOUTS, base_dtype, keep_no_cache
+from accrete.pipeline.models.load import base_dtype, keep_no_cache, set_dropout
 from accrete.pipeline.models.lora import AdaptedModel
 
 if TYPE_CHECKING:
@@ -129,9 +129,7 @@ class ModelPlan:
 
         settings = self.settings if blocks is None else with_depth(self.settings, blocks)
         settings = copy.deepcopy(settings)
-        for name in DROPOUTS:
-            if isinstance(getattr(settings, name, None), int | float):
-                setattr(settings, name, self.config.model.dropout)
+        set_dropout(settings, self.config.model.dropout)
         family = AutoModelForSeq2SeqLM if self.seq2seq else AutoModelForCausalLM
         with torch.device(device):
             try:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DROPOUTS = (
     "dropout_rate",
@@ -24,7 +28,16 @@ DROPOUTS = (
     "emb_pdrop",
     "attn_pdrop",
     "resid_dropout",
+    "residual_dropout",
     "embed_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "moe_token_dropout",
+    "dropout_p",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "local_attention_probs_dropout_prob",
+    "lsh_attention_probs_dropout_prob",
 )
 """What model families call the dropout that `model.dropout` sets."""
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -83,6 +96,29 @@ def base_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
 
+def set_dropout(settings: PreTrainedConfig, dropout: float) -> None:
+    """Set a model's dropout, whatever its family calls it, in all parts of its configuration.
+
+    Raises:
+        ModelError: The family cannot have this dropout.
+    """
+    wanted = dict.fromkeys(DROPOUTS, dropout) | dict.fromkeys(LAYER_DROPS, 0.0)
+    for name, value in wanted.items():
+        given = getattr(settings, name, None)
+        if isinstance(given, (int, float)) and given != value:
+            try:
+                setattr(settings, name, value)
+            except StrictDataclassError as error:
+                raise ModelError(
+                    f"model.dropout {dropout}: {type(settings).__name__}.{name} is {given} and "
+                    f"cannot be set ({error}). Use {given}."
+                ) from error
+    for name in settings.sub_configs:
+        part = getattr(settings, name, None)
+        if part is not None:
+            set_dropout(part, dropout)
+
+
 def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn.Module:
     """Load the base model, frozen, on the CPU; the engine moves it.
 
@@ -98,12 +134,7 @@ def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn
 
     try:
         settings = AutoConfig.from_pretrained(path, revision=config.revision)
-        for name in DROPOUTS:
-            if isinstance(getattr(settings, name, None), (int, float)):
-                setattr(settings, name, config.dropout)
-        for name in LAYER_DROPS:
-            if hasattr(settings, name):
-                setattr(settings, name, 0.0)
+        set_dropout(settings, config.dropout)
         family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
         attention = config.attention if _has_sdpa(settings) else "eager"
         model = family.from_pretrained(

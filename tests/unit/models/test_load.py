@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
+    BioGptConfig,
+    BioGptForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -15,19 +21,33 @@ from transformers import (
     GPTNeoXForCausalLM,
     M2M100Config,
     M2M100ForConditionalGeneration,
+    MptConfig,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
 )
+from transformers.models.auto import modeling_auto
 
 from accrete.pipeline.data.collate import Collator
 from accrete.pipeline.data.encode import EncodedRow
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.config import AdapterConfig, ModelConfig
-from accrete.pipeline.models.load import base_dtype, load_base, unknown_inputs
+from accrete.pipeline.models.load import (
+    DROPOUTS,
+    LAYER_DROPS,
+    base_dtype,
+    load_base,
+    set_dropout,
+    unknown_inputs,
+)
 from accrete.pipeline.models.lora import AdaptedModel
 from accrete.pipeline.stage import aligned_logits
 
@@ -42,6 +62,7 @@ SMALL_PAIR = {
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
 }
+T5GEMMA = {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32}
 CPU = torch.device("cpu")
 
 
@@ -119,9 +140,10 @@ def test_dropout_is_set_as_asked(tmp_path):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("family", ["gpt2", "phi", "m2m100"])
+@pytest.mark.parametrize("family", ["gpt2", "phi", "m2m100", "biogpt", "seed_oss", "t5gemma"])
 def test_dropout_by_any_name(tmp_path, family, dropout):
-    """GPT-2's and Phi's own names for it, and M2M100's blocks that are left out at random."""
+    """Families' own names for it, in configurations inside T5Gemma's own, and M2M100's blocks that
+    are left out at random."""
     sizes = {"vocab_size": 30, "num_hidden_layers": 2, "num_attention_heads": 2}
     made = {
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes, n_embd=16)),
@@ -136,11 +158,29 @@ def test_dropout_by_any_name(tmp_path, family, dropout):
                 encoder_layerdrop=0.5,
             )
         ),
+        "biogpt": lambda: BioGptForCausalLM(
+            BioGptConfig(**sizes, hidden_size=16, intermediate_size=32)
+        ),
+        "seed_oss": lambda: SeedOssForCausalLM(
+            SeedOssConfig(
+                **sizes, hidden_size=16, intermediate_size=32, num_key_value_heads=1, head_dim=8
+            )
+        ),
+        "t5gemma": lambda: T5GemmaForConditionalGeneration(
+            T5GemmaConfig(
+                encoder=T5GemmaModuleConfig(**T5GEMMA),
+                decoder=T5GemmaModuleConfig(**T5GEMMA),
+                vocab_size=30,
+                dropout_rate=0.1,
+            )
+        ),
     }[family]()
     made.save_pretrained(tmp_path)
     base = load_base(tmp_path, ModelConfig(path=str(tmp_path), dropout=dropout), CPU).train()
     ids = torch.tensor([[5, 6, 7, 8]])
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if family == "m2m100" else {})}
+    inputs = {"input_ids": ids}
+    if made.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     found = [base(**inputs).logits for _ in range(8)]
     assert all(torch.equal(found[0], other) for other in found[1:]) is (dropout == 0.0)
 
@@ -186,3 +226,45 @@ def test_precision():
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_base(tmp_path, ModelConfig(path=str(tmp_path)), CPU)
+
+
+OTHER_HEADS = re.compile("classifier|summary|speech|adaptor|pred|projector")
+"""Dropout of parts that a language model over text does not have."""
+
+
+def parts(settings):
+    """The settings of a configuration, and of those inside it."""
+    yield vars(settings)
+    for name in settings.sub_configs:
+        part = getattr(settings, name, None)
+        if part is not None:
+            yield from parts(part)
+
+
+def test_a_dropout_that_a_family_cannot_have_is_refused():
+    settings = MptConfig()
+    set_dropout(settings, 0.0)
+    with pytest.raises(ModelError, match=r"dropout 0\.1: MptAttentionConfig\.attn_pdrop is 0 and"):
+        set_dropout(settings, 0.1)
+
+
+def test_every_family_s_dropout_is_known():
+    """One that is forgotten would be at work in training, whatever `model.dropout` says."""
+    families = {
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    found = {}
+    for family in families:
+        with contextlib.suppress(Exception):  # parts that only make sense within another model
+            found[family] = list(parts(AutoConfig.for_model(family)))
+    assert len(found) > 150
+    unknown = {
+        f"{family}: {name}"
+        for family, configurations in found.items()
+        for settings in configurations
+        for name, value in settings.items()
+        if "drop" in name and type(value) in (int, float) and not OTHER_HEADS.search(name)
+        if name not in (*DROPOUTS, *LAYER_DROPS)
+    }
+    assert not unknown
