@@ -68,7 +68,9 @@ def _require_same_past(
 ) -> None:
     """The finished tasks' factors must mean the same to the new method."""
     from accrete.pipeline.methods.registry import method_class
+    from accrete.pipeline.models.lora import ADAPTER_FILE
 
+    joined = sum(name.endswith(ADAPTER_FILE) for name in manifest["past"])
     old, new = (method_class(config.kind)(config) for config in (before, after))
     if new.restarts and manifest["past"]:
         raise ConfigError(
@@ -76,9 +78,9 @@ def _require_same_past(
             f"{parent.path} have changed it: {before.kind} put their factors into it. Start a new "
             "run, or branch from one whose method is sequential, joint or per_task."
         )
-    if len(manifest["past"]) > 1 and old.merge != new.merge:
+    if joined > 1 and old.merge != new.merge:
         raise ConfigError(
-            f"{parent.path} put {len(manifest['past'])} tasks together with method.merge="
+            f"{parent.path} put {joined} tasks together with method.merge="
             f"{old.merge}; a branch with {new.merge} would change the model they made. Keep "
             f"{old.merge}, branch from stage 0, or start a new run."
         )
@@ -210,11 +212,11 @@ def adopt_adapter(child: RunDir, stage: int, fresh_adapter: bool) -> None:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if fresh_adapter and manifest["live"]:
         from accrete.pipeline.checkpoint import digest
-        from accrete.pipeline.models.lora import ADAPTER_FILE
+        from accrete.pipeline.models.lora import ADAPTER_FILE, SCALE_FILE
 
-        adapter = child.stage(stage).adapter / ADAPTER_FILE
-        name = str(adapter.relative_to(child.path))
-        manifest["past"] = {**manifest["past"], name: digest(adapter)}
+        for name in (ADAPTER_FILE, SCALE_FILE):
+            file = child.stage(stage).adapter / name
+            manifest["past"][str(file.relative_to(child.path))] = digest(file)
         manifest["live"] = False
         write_json(path, manifest)
 

@@ -226,8 +226,13 @@ def announce(parts: Parts) -> None:
                 "tokens": round(train.mean_prompt_tokens + train.mean_answer_tokens, 2),
             }
         )
+    news: dict[str, Any] = {
+        "method": config.method.kind,
+        "forward_transfer": config.eval.forward_transfer,
+        "plan": plan,
+    }
     said = [e for e in events_so_far(parts.run) if e["event"] == Event.RUN_STARTED][-1:]
-    if said and (said[0]["plan"], said[0]["method"]) == (plan, config.method.kind):
+    if said and news.items() <= said[0].items():
         return
     parts.recorder.emit(
         Event.RUN_STARTED,
@@ -236,10 +241,8 @@ def announce(parts: Parts) -> None:
         world=parts.engine.world,
         device=str(parts.engine.device),
         zero_stage=config.engine.zero_stage if config.engine.kind == "deepspeed" else None,
-        method=config.method.kind,
         model=parts.model_path,
-        forward_transfer=config.eval.forward_transfer,
-        plan=plan,
+        **news,
     )
     for task in parts.tasks:
         for warning in task.stats.warnings:

@@ -129,12 +129,16 @@ def tokenizer_options(config: RunConfig) -> dict[str, str] | None:
 
 
 def open_tokenizer(run: RunDir, config: RunConfig) -> Any:
-    """The tokenizer that a prepared run's rows were encoded with."""
-    from transformers import AutoTokenizer
+    """The tokenizer that a prepared run's rows were encoded with.
+
+    Raises:
+        ModelError: It cannot be loaded any more.
+    """
+    from accrete.pipeline.data.encode import load_tokenizer
 
     prepared = read_json(run.prepared)
     source = prepared.get("tokenizer_path") or prepared["model_path"]
-    return AutoTokenizer.from_pretrained(source, **(tokenizer_options(config) or {}))
+    return load_tokenizer(source, tokenizer_options(config))
 
 
 def hub_revision(config: RunConfig) -> str | None:

@@ -58,7 +58,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     """File name -> sha256."""
     past: dict[str, str] = field(default_factory=dict)
-    """Adapter files inside the run folder that make up the past, in order -> sha256."""
+    """Files of adapters in the run folder that make up the past, in order -> sha256."""
     live: bool = False
     """Whether the live factors go on into the next stage (one adapter for all, or weights)."""
     format: int = FORMAT
@@ -86,7 +86,7 @@ def save(
         position: Where the run stands.
         tensors: File stem (`state`, `method`) -> tensors by name, on the CPU.
         optimizer_step: AdamW's step count.
-        past: Adapter files of the run folder that make up the past, in order.
+        past: Files of adapters in the run folder that make up the past, in order.
         live: Whether the live factors go on into the next stage.
         fence: Asked before the checkpoint takes its place.
 

@@ -46,7 +46,7 @@ class Event(StrEnum):
     RESUMED = "resumed"
     """stage, step (null at the end of a task), checkpoint, world."""
     WARNING = "warning"
-    """message, and numbers that support it."""
+    """message, numbers that support it, and the stage if it is about one."""
     RUN_FINISHED = "run_finished"
     """seconds (since the start, or since the last resume)."""
 

@@ -103,7 +103,8 @@ class RunDir:
         """Token of the attempt that may write, see `fence`."""
         self.tensorboard = self.path / "tensorboard"
         self.lock_file = self.path / ".lock"
-        self._made_folder = False
+        self._made: set[Path] = set()
+        """What `create` has made."""
 
     def stage(self, index: int) -> StageDir:
         """Names inside `stages/<index>/`."""
@@ -163,9 +164,10 @@ class RunDir:
             RunFolderError: It is taken, or cannot be made.
         """
         self.check_free()
-        self._made_folder = not self.path.exists()
+        folders = (self.path, self.stages, self.checkpoints, self.logs)
+        self._made = {folder for folder in folders if not folder.exists()}
         try:
-            for folder in (self.path, self.stages, self.checkpoints, self.logs):
+            for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(
@@ -184,14 +186,14 @@ class RunDir:
         return True
 
     def discard(self) -> None:
-        """Remove what `create` made; what a launcher rendered before stays."""
-        if self._made_folder:
+        """Remove what `create` made; what a launcher rendered or logged before stays."""
+        if self.path in self._made:
             shutil.rmtree(self.path)
             return
-        for entry in self.path.iterdir():
-            if entry.is_dir() and entry != self.launch:
+        for entry in set(self.path.iterdir()) - ({self.launch, self.logs} - self._made):
+            if entry.is_dir():
                 shutil.rmtree(entry)
-            elif not entry.is_dir():
+            else:
                 entry.unlink()
 
     @contextmanager

@@ -89,6 +89,7 @@ class Scorebook:
                 Event.WARNING,
                 message=f"after {self.parts.tasks[stage].name}, answers that are none of the "
                 f"task's labels: {named}; {file} has them",
+                stage=stage,
             )
 
     def _partial(self, stage: int) -> Path:

@@ -19,6 +19,7 @@ from accrete.pipeline.interruption import InterruptionError
 from accrete.pipeline.models.lines import scale_by_depth
 from accrete.pipeline.models.lora import (
     ADAPTER_FILE,
+    SCALE_FILE,
     Factors,
     initial_factors,
     load_factors,
@@ -116,6 +117,8 @@ class StageRunner:
         began = time.perf_counter()
         stage = self._stage(index)
         self.book.forget(index)
+        if self.chief:  # what an earlier life scored belongs to a model that is no more
+            self.parts.run.stage(index).score.unlink(missing_ok=True)
         if position is None:
             recorder.emit(
                 Event.STAGE_STARTED,
@@ -160,7 +163,10 @@ class StageRunner:
         """Show what the method's hooks have to say."""
         for message in stage.warnings:
             self.parts.recorder.emit(
-                Event.WARNING, message=f"{stage.name}: {message}", task=stage.name
+                Event.WARNING,
+                message=f"{stage.name}: {message}",
+                stage=stage.index,
+                task=stage.name,
             )
         stage.warnings.clear()
 
@@ -181,7 +187,7 @@ class StageRunner:
         method.on_task_end(stage)
         self.carried = not method.fresh_adapter
         if method.fresh_adapter:
-            self._past.append(folder.adapter / ADAPTER_FILE)
+            self._past += [folder.adapter / name for name in (ADAPTER_FILE, SCALE_FILE)]
             error = self.parts.past.add(factors)
             stage.notes["fold_error"] = error
             fresh = initial_factors(self.parts.adapted, self.config.seed, stage.index + 1)
@@ -334,8 +340,9 @@ class StageRunner:
         for name in manifest.past:
             file = self.parts.run.path / name
             self._past.append(file)
-            factors = load_factors(file.parent)
-            self.parts.past.add(factors, load_scales(file.parent, factors))
+            if file.name == ADAPTER_FILE:
+                factors = load_factors(file.parent)
+                self.parts.past.add(factors, load_scales(file.parent, factors))
 
     def _load_boundary(self, index: int) -> None:
         """The method's state after stage `index`, and the live factors if they go on."""

@@ -30,6 +30,8 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
+SCALE_FILE = "adapter_config.json"
+"""Beside the factors: peft's settings, with the scale of every layer."""
 PREFIX = "base_model.model."
 QV_NAMES = (("q", "v"), ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",))
 
@@ -249,7 +251,7 @@ def save_adapter(adapted: AdaptedModel, factors: Factors, model_path: str, folde
 
 def load_scales(folder: Path, layers: Iterable[str]) -> dict[str, float]:
     """The scale alpha / rank that layers have in a peft folder written by `save_adapter`."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / SCALE_FILE).read_text(encoding="utf-8"))
     alphas: dict[str, float] = config["alpha_pattern"]
     return {
         name: alphas.get(re.escape(name), config["lora_alpha"]) / config["r"] for name in layers

@@ -118,6 +118,18 @@ def test_only_a_run_that_never_started_is_removed(tmp_path: Path) -> None:
     assert saved.is_run()
 
 
+def test_a_start_that_failed_leaves_what_its_launcher_wrote(tmp_path: Path) -> None:
+    """A launcher on several machines renders scripts and opens the nodes' logs before."""
+    run = RunDir(tmp_path)
+    for folder in (run.launch, run.logs):
+        folder.mkdir()
+        (folder / "before").touch()
+    run = make_run(tmp_path)
+    run.discard()
+    assert sorted(os.listdir(tmp_path)) == ["launch", "logs"]
+    assert all((folder / "before").is_file() for folder in (run.launch, run.logs))
+
+
 def test_the_lock_names_its_holder(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with (

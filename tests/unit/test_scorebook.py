@@ -104,6 +104,18 @@ def test_a_stage_that_is_trained_anew_is_scored_anew(run, tmp_path):
     assert len(resumed.rows) == 2
 
 
+def test_a_row_of_a_model_that_is_no_more_is_not_read(run, tmp_path):
+    """Scored, its checkpoint lost, trained anew, and cut off before it was scored anew."""
+    run("cut", Scorer())
+    folder = tmp_path / "cut" / "run"
+    (folder / "checkpoints" / checkpoint.Position(stage=1).folder / "checkpoint.json").unlink()
+    with pytest.raises(CutError):
+        run("cut", Scorer(cut=0))
+    _, resumed = run("cut", again := Scorer())
+    assert again.calls == [["one"], ["two"]]
+    assert len(resumed.rows) == 2
+
+
 def test_many_answers_outside_the_labels_give_one_warning_a_stage(run):
     folder, _ = run("odd", Scorer(outside={"one": 37.4, "two": 10.0}))
     events = [json.loads(line) for line in folder.events.read_text().splitlines()]

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import toys
 
+from accrete.pipeline import checkpoint
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.methods.base import Method
 from accrete.pipeline.methods.sequential import SequentialConfig
@@ -179,3 +180,12 @@ def test_a_frozen_factor_keeps_what_the_method_wrote(run, monkeypatch):
         for a, b in load_factors(parts.run.stage(stage).adapter).values():
             assert torch.equal(a, torch.full_like(a, 0.25))
             assert b.abs().max() > 0
+
+
+@pytest.mark.parametrize("content", [b"", b'{"lora_alpha": 99, "alpha_pattern": {}, "r": 2}'])
+def test_a_past_whose_scale_is_damaged_is_passed_over(run, content):
+    parts = run(FrozenA)
+    (parts.run.stage(1).adapter / "adapter_config.json").write_bytes(content)
+    found, problems = checkpoint.newest(parts.run.path)
+    assert found.position == checkpoint.Position(stage=0)
+    assert "adapter_config.json" in problems[0]
