@@ -70,12 +70,9 @@ def prepare(config: RunConfig, say: Say, *, elsewhere: bool = False) -> Prepared
 
     from accrete.eval.evaluator import require_scorable
     from accrete.pipeline.data.prepare import prepare_sequence
-    from accrete.pipeline.methods.registry import method_class
     from accrete.pipeline.models.cache import cache_root
-    from accrete.pipeline.models.full import trained_precision
     from accrete.pipeline.models.tiny import materialize
 
-    trained_precision(config.model, method_class(config.method.kind))
     cache = cache_root()
     model = config.model
     if model.builder == "small_t5" and model.builder_data is None:

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from accrete.pipeline.data.collate import Batch
     from accrete.pipeline.distributed.engine import Engine
     from accrete.pipeline.models.load import ModelFacts
+    from accrete.pipeline.models.lora import AdaptedModel
 
 
 class LiveModel:
     """`scoring.ModelView` over an engine. Every forward is a collective at ZeRO 3."""
 
-    def __init__(self, engine: Engine, facts: ModelFacts, synced: bool) -> None:
+    def __init__(
+        self, engine: Engine, adapted: AdaptedModel, facts: ModelFacts, synced: bool
+    ) -> None:
         """Wrap an engine.
 
         Args:
             engine: Holds the model.
+            adapted: The model that it holds.
             facts: Its kind and special tokens.
             synced: Whether ranks must decode the same number of tokens (ZeRO 3).
         """
@@ -32,6 +36,8 @@ class LiveModel:
         self.device = engine.device
         self.seq2seq = facts.seq2seq
         self._engine = engine
+        self._adapted = adapted
+        self._whole = not synced
         self._facts = facts
         self._synced = synced and engine.world > 1
 
@@ -51,18 +57,19 @@ class LiveModel:
         """Greedy continuation of every prompt, without the prompt and from the end token on."""
         self._engine.module.eval()
         inputs = batch.to(self.device).inputs
-        sequences = self._engine.module.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            past_key_values=self._cache(),
-            pad_token_id=self._facts.pad_id,
-            eos_token_id=self._facts.eos_id,
-            synced_gpus=self._synced,
-        )
+        with self._adapted.decoding(keep_casts=self._whole):
+            sequences = self._engine.module.generate(  # type: ignore[operator]
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                past_key_values=self._cache(),
+                pad_token_id=self._facts.pad_id,
+                eos_token_id=self._facts.eos_id,
+                synced_gpus=self._synced,
+            )
         skip = 1 if self.seq2seq else inputs["input_ids"].shape[1]
         return [self._until_end(tokens) for tokens in sequences[:, skip:].tolist()]
 

@@ -179,7 +179,7 @@ def choose_speed(
 def _without_measuring(place: Place, forecaster: Forecaster) -> AssumedSpeed | None:
     """The GPU of the table, or a moment on this CPU; None for a GPU that is not in the table."""
     if place.gpu is not None:
-        return assumed_gpu(place.gpu, forecaster.plan.dtype, place.mfu, place.link())
+        return assumed_gpu(place.gpu, forecaster.plan.arithmetic, place.mfu, place.link())
     if place.device == "cuda":
         return None
     threads = max(1, usable_cores() // place.procs)

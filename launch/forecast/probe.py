@@ -12,7 +12,6 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ def main(folder: Path) -> None:
     from transformers import AutoConfig
 
     from accrete.launch.forecast.shapes import ModelPlan
-    from accrete.pipeline.methods.registry import method_class
-    from accrete.pipeline.models.full import trained_precision
 
     asked = read_json(folder / "probe.json")
     config = load_recipe(folder / "recipe.json").config
@@ -39,8 +36,7 @@ def main(folder: Path) -> None:
     ranks = comm.start(asked["device"], 600)
     raw = dict(asked["settings"])
     settings = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    model = trained_precision(config.model, method_class(config.method.kind))
-    plan = ModelPlan(replace(config, model=model), settings, asked["device"])
+    plan = ModelPlan(config, settings, asked["device"])
     found = []
     for blocks in asked["blocks"]:
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.methods.registry import method_class
-from accrete.pipeline.models.full import FullModel, trained_precision
+from accrete.pipeline.models.full import FullModel, kept_precision
 from accrete.pipeline.models.load import base_dtype, keep_no_cache, set_dropout
 from accrete.pipeline.models.lora import AdaptedModel
 
@@ -94,9 +94,7 @@ class ModelPlan:
     @classmethod
     def of(cls, config: RunConfig, path: str, device: str) -> ModelPlan:
         """Read the configuration of the model at `path`; see `read_settings` for `Raises`."""
-        model = trained_precision(config.model, method_class(config.method.kind))
-        config = replace(config, model=model)
-        return cls(config, read_settings(path, model.revision), device)
+        return cls(config, read_settings(path, config.model.revision), device)
 
     @cached_property
     def method(self) -> Method:
@@ -115,7 +113,13 @@ class ModelPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the base."""
+        """Precision that the base is kept in."""
+        kept = kept_precision(self.config.model, type(self.method))
+        return base_dtype(kept, torch.device(self.device))
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """Precision of the products with it."""
         return base_dtype(self.config.model, torch.device(self.device))
 
     def build(self, device: str = "meta", blocks: tuple[int, ...] | None = None) -> AdaptedModel:
@@ -143,7 +147,12 @@ class ModelPlan:
             if self.config.model.gradient_checkpointing:
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             adapted = (
-                FullModel(base, self.method.weights)
+                FullModel(
+                    base,
+                    self.method.weights,
+                    self.arithmetic,
+                    "cuda" if device.startswith("cuda") else "cpu",  # `meta` is traced as a CPU
+                )
                 if self.method.trains == "weights"
                 else AdaptedModel(base, self.config.adapter, self.method.layer_scales)
             )

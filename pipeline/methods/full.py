@@ -34,8 +34,9 @@ class Full(Method):
         "ZeRO stage, also with every weight partitioned"
     )
     deviations: ClassVar[str] = (
-        "weights are trained in fp32 (bf16 weights are refused). A weight shared by several "
-        "modules counts once"
+        "weights are kept in fp32 and, with `model.dtype: bf16`, cast for their products. What is "
+        "cast stays until the backward (2 bytes a weight; not at ZeRO 3). A weight shared by "
+        "several modules counts once"
     )
     trains: ClassVar[Literal["factors", "weights"]] = "weights"
     fresh_adapter: ClassVar[bool] = False

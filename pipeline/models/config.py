@@ -26,8 +26,9 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, if it is not the model's own."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the frozen base: auto is bf16 on a GPU and fp32 on a CPU, decided when the run
-    first starts. Factors are fp32."""
+    """Precision of the base: auto is bf16 on a GPU and fp32 on a CPU, decided when the run first
+    starts. Factors are fp32. Weights that a method trains are, too: bf16 casts them for products.
+    """
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation, as transformers names it."""
     gradient_checkpointing: bool = False

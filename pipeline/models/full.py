@@ -1,4 +1,4 @@
-"""The model without an adapter: its own weights are trained, in fp32.
+"""The model without an adapter: its own weights are trained, kept in fp32.
 
 Same face as `lora.AdaptedModel`, so that the loop, the statistics and the checkpoints need not know
 which of the two they have.
@@ -6,13 +6,16 @@ which of the two they have.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from accrete.pipeline.errors import ConfigError, ModelError
+from accrete.pipeline.errors import ModelError
 from accrete.pipeline.models.lora import AdaptedLayer, AdaptedModel
 
 if TYPE_CHECKING:
@@ -37,12 +40,21 @@ class FullLayer(AdaptedLayer):
 class FullModel(AdaptedModel):
     """A model whose weights are trained; one that several modules share counts once."""
 
-    def __init__(self, base: nn.Module, which: Literal["all", "linear"] = "all") -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        which: Literal["all", "linear"] = "all",
+        arithmetic: torch.dtype = torch.float32,
+        device_type: str = "cpu",
+    ) -> None:
         """Take a loaded model.
 
         Args:
             base: A transformers model, in fp32.
             which: `all` its weights, or those of the linear layers of its blocks alone.
+            arithmetic: Precision of the products with its weights. For bf16 its `forward` is
+                wrapped: below DeepSpeed, which ends an autocast that surrounds its engine.
+            device_type: Where it will run: `cpu` or `cuda`.
 
         Raises:
             ModelError: Its weights are not fp32, or `linear` finds no such layer.
@@ -67,6 +79,13 @@ class FullModel(AdaptedModel):
                 f"{type(base).__name__} has no nn.Linear layers besides its output head; this "
                 "method trains those alone. Choose another method."
             )
+        self._low = device_type if arithmetic == torch.bfloat16 else None
+        if self._low is not None:
+            _multiply_in_bf16(base, self._low)
+
+    def decoding(self, keep_casts: bool) -> AbstractContextManager[None]:
+        """See `AdaptedModel.decoding`."""
+        return super().decoding(keep_casts) if self._low is None else _bf16(self._low, keep_casts)
 
     def parameters(self, a: bool = True, b: bool = True) -> dict[str, nn.Parameter]:
         """The trained weights by name; the others are frozen. `a` and `b` say nothing here."""
@@ -93,19 +112,31 @@ def full_layers(adapted: AdaptedModel) -> list[FullLayer]:
     return [layer for layer in adapted.layers.values() if isinstance(layer, FullLayer)]
 
 
-def trained_precision(config: ModelConfig, method: type[Method]) -> ModelConfig:
-    """The model's settings with the precision that a method needs: trained weights are fp32.
-
-    Raises:
-        ConfigError: The recipe asks for trained weights in bf16.
+def kept_precision(config: ModelConfig, method: type[Method]) -> ModelConfig:
+    """The model's settings with the precision that its weights are kept in: fp32 where a method
+    trains them, as bf16 would round AdamW's small steps away.
     """
-    if method.trains == "factors":
-        return config
-    if config.dtype == "bf16":
-        kind = method.Config.__dataclass_fields__["kind"].default
-        raise ConfigError(
-            f"model.dtype: given: bf16; allowed with method.kind={kind}, which "
-            "trains the model's own weights: fp32 or auto. AdamW's small steps would be rounded "
-            "away in bf16 weights. Remove model.dtype, or take a method with an adapter."
-        )
-    return replace(config, dtype="fp32")
+    return config if method.trains == "factors" else replace(config, dtype="fp32")
+
+
+def _multiply_in_bf16(base: nn.Module, device_type: str) -> None:
+    forward = base.forward
+
+    @wraps(forward)
+    def low(*args: Any, **kwargs: Any) -> Any:
+        with _bf16(device_type, keep_casts=False):
+            return forward(*args, **kwargs)
+
+    base.forward = low
+
+
+@contextmanager
+def _bf16(device_type: str, keep_casts: bool) -> Iterator[None]:
+    """Cast weights for each product; `keep_casts` until the end of the context, if one follows
+    another without a backward between.
+    """
+    if torch.is_autocast_enabled(device_type):
+        yield
+        return
+    with torch.autocast(device_type, torch.bfloat16, cache_enabled=keep_casts):
+        yield

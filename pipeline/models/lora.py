@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ class AdaptedModel:
             pattern[re.escape(name)] = alpha
         self.peft_config.alpha_pattern = pattern
         self.layers = _find_layers(self.module)
+
+    def decoding(self, keep_casts: bool) -> AbstractContextManager[None]:
+        """What answers are generated in.
+
+        Args:
+            keep_casts: Weights that are cast for products may stay cast to its end, as a second
+                copy: not where a rank holds a part of the model only (ZeRO 3).
+        """
+        return nullcontext()
 
     def parameters(self, a: bool = True, b: bool = True) -> dict[str, nn.Parameter]:
         """The trainable factors by name; factors left out are frozen."""

@@ -204,13 +204,13 @@ def make_parts(spec: dict[str, Any], ranks: Ranks, folder: Path) -> Parts:
     config = make_config(spec, ranks.world)
     method: Any = method_class(config.method.kind)(config.method)
     weights = method.trains == "weights"
-    half = ranks.device.type == "cuda" and not weights
-    dtype = torch.bfloat16 if half else torch.float32
+    arithmetic = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    dtype = torch.float32 if weights else arithmetic
     base = base_model(shape, dtype, ranks.device)
     if config.model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     adapted = (
-        FullModel(base, method.weights)
+        FullModel(base, method.weights, arithmetic, ranks.device.type)
         if weights
         else AdaptedModel(base, config.adapter, method.layer_scales)
     )

@@ -97,12 +97,9 @@ def forecast(case: dict[str, Any], chosen: argparse.Namespace, points: Any) -> d
     from accrete.launch.forecast.rows import TaskRows
     from accrete.launch.forecast.run import Forecaster
     from accrete.launch.forecast.shapes import ModelPlan, depth
-    from accrete.pipeline.methods.registry import method_class
-    from accrete.pipeline.models.full import trained_precision
 
     shape = SHAPES[case["shape"]]
     config = make_config(case, chosen.procs)
-    trained_precision(config.model, method_class(config.method.kind))
     task = TaskRows(
         name="task0",
         train=shape.rows,

@@ -95,11 +95,8 @@ def needs(spec: dict[str, Any]) -> tuple[float, float]:
     from accrete.launch.forecast.rows import TaskRows
     from accrete.launch.forecast.run import Forecaster
     from accrete.launch.forecast.shapes import ModelPlan
-    from accrete.pipeline.methods.registry import method_class
-    from accrete.pipeline.models.full import trained_precision
 
     shape, config = SHAPES[spec["shape"]], make_config(spec, spec["procs"])
-    trained_precision(config.model, method_class(config.method.kind))
     rows = TaskRows(
         name="task",
         train=spec["rows"],

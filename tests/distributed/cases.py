@@ -243,7 +243,7 @@ def scoring(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
 
     rows = ToyRows(5, 7, 4).all
     parts = make_parts(ranks, folder, learned=rows, **params)
-    view = LiveModel(parts.engine, parts.facts, synced=params["zero"] == 3)
+    view = LiveModel(parts.engine, parts.adapted, parts.facts, synced=params["zero"] == 3)
     # The model knows these rows by heart; every third gets another answer, so that there are
     # hits and misses.
     golds = [

@@ -13,6 +13,7 @@ from plan_methods import (
     TASKS,
     TOYS,
     dropouts,
+    low_products,
     method_resumes,
     method_traffics,
     methods,
@@ -279,6 +280,7 @@ WORLDS: dict[int, list[Case]] = {
         *consolidations((None,), "llama_short"),
         Case("rows-5", "rows", {"count": 5}),
         *methods(1),
+        *low_products(1),
         *pooled(None),
     ],
     2: [
@@ -313,6 +315,7 @@ WORLDS: dict[int, list[Case]] = {
         *checkpointed(),
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2),
+        *low_products(2),
         *method_resumes(),
         *dropouts(),
         *method_traffics(),

@@ -67,6 +67,43 @@ FROZEN = ("inf_lora", "keep_lora", "keep_lora_pp")
 """Methods that write A and train B alone."""
 
 
+LOW = [
+    *[("full", "llama", zero) for zero in STAGES],
+    ("full", "t5", 3),
+    ("ewc", "t5", 3),
+    ("gpm", "llama", 2),
+]
+"""Weights kept in fp32 and multiplied in bf16: kind, model, ZeRO stage of two processes."""
+
+
+def low_products(world: int) -> list[Case]:
+    """Those methods, and answers decoded with such weights."""
+    runs = LOW if world == 2 else sorted({(kind, model, None) for kind, model, _ in LOW})
+    scored = {"model": "t5", "micro": 4, "dtype": "bf16", **SETTINGS["full"]}
+    return [
+        *[
+            Case(
+                f"low-{kind}-{model}-zero{zero}",
+                "sequence",
+                {
+                    "model": TOYS[model],
+                    "zero": zero,
+                    "micro": BATCH // world,
+                    "dtype": "bf16",
+                    **TASKS,
+                    **(IN_PIECES if zero == 3 and model == "t5" else {}),
+                    **SETTINGS[kind],
+                },
+            )
+            for kind, model, zero in runs
+        ],
+        *[
+            Case(f"scoring-low-zero{zero}", "scoring", {**scored, "zero": zero})
+            for zero in ((2, 3) if world == 2 else ())
+        ],
+    ]
+
+
 def method_traffics() -> list[Case]:
     """What a method sends in a step, beside `traffics`; what each rank holds of a frozen A."""
     return [

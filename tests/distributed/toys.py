@@ -215,15 +215,16 @@ def make_parts(
         tasks=tasks,
     )
     base = base_model(model)
-    if dtype == "bf16":
-        base.to(torch.bfloat16)
+    half = torch.bfloat16 if dtype == "bf16" else torch.float32
+    if chosen_class.trains == "factors":
+        base.to(half)
     if learned is not None:
         memorise(base, learned, model)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     chosen = chosen_class(method_config)
     adapted = (
-        FullModel(base, chosen.weights)
+        FullModel(base, chosen.weights, half, ranks.device.type)
         if chosen.trains == "weights"
         else AdaptedModel(base, config.adapter, chosen.layer_scales)
     )

@@ -108,11 +108,16 @@ def test_branches_keep_to_weights(full, accrete_here, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_bf16_weights_are_refused_before_anything_is_made(accrete_here, recipe, tmp_path):
+def test_products_in_bf16_and_weights_in_fp32(full, accrete_here, recipe, tmp_path):
     folder = tmp_path / "run"
-    done = accrete_here(
-        "run", recipe, "method=ewc", "model.dtype=bf16", "--run-dir", folder, check=False
+    accrete_here("run", recipe, "method=full", "model.dtype=bf16", *SMALL, "--run-dir", folder)
+    low, whole = (
+        load_file(run / "checkpoints/stage-2/state.safetensors") for run in (folder, full)
     )
-    assert done.returncode == 2
-    assert "model.dtype" in done.stderr
-    assert not folder.exists()
+    assert {value.dtype for value in low.values()} == {torch.float32}
+    assert not any(torch.equal(value, value.bfloat16().float()) for value in low.values())
+    far = [float((low[name] - value).norm() / value.norm()) for name, value in whole.items()]
+    assert 0 < max(far) < 0.1
+    content = json.loads((folder / "matrix.json").read_text())
+    done = accrete_here("score", folder, "--stage", 2, "--json")
+    assert [s["score"] for s in json.loads(done.stdout)["scores"]] == content["matrix"][2]

@@ -16,14 +16,16 @@ import toys
 
 from accrete.pipeline import checkpoint
 from accrete.pipeline.checkpoint import Position
+from accrete.pipeline.data.collate import Collator
 from accrete.pipeline.distributed.comm import Ranks
-from accrete.pipeline.errors import ConfigError, MethodError, ModelError
+from accrete.pipeline.errors import MethodError, ModelError
 from accrete.pipeline.methods.ewc import Ewc
 from accrete.pipeline.methods.full import Full
 from accrete.pipeline.methods.gpm import Gpm
 from accrete.pipeline.methods.sequential import Sequential
 from accrete.pipeline.models.config import ModelConfig
-from accrete.pipeline.models.full import FullModel, trained_precision
+from accrete.pipeline.models.full import FullModel, kept_precision
+from accrete.pipeline.stage import aligned_logits, row_losses
 from accrete.pipeline.stage_runner import StageRunner
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -90,15 +92,91 @@ def test_shared_weights_count_once_and_the_head_is_no_layer():
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} <= set(frozen)
 
 
-def test_bf16_weights_are_refused():
+def test_trained_weights_are_kept_in_fp32():
+    half = ModelConfig(builder="tiny_t5", dtype="bf16")
     for method in (Full, Ewc, Gpm):
-        with pytest.raises(ConfigError, match=r"model\.dtype.*bf16.*fp32 or auto"):
-            trained_precision(ModelConfig(builder="tiny_t5", dtype="bf16"), method)
-        assert trained_precision(ModelConfig(builder="tiny_t5"), method).dtype == "fp32"
-    kept = ModelConfig(builder="tiny_t5", dtype="bf16")
-    assert trained_precision(kept, Sequential) is kept
+        assert kept_precision(half, method).dtype == "fp32"
+    assert kept_precision(half, Sequential) is half
     with pytest.raises(ModelError, match="bfloat16"):
         FullModel(toys.base_model("llama").to(torch.bfloat16))
+
+
+def collator(kind):
+    return Collator(kind == "t5", toys.PAD, toys.facts(kind).decoder_start_id, toys.EOS)
+
+
+def batch_of(kind):
+    rows = toys.ToyRows(0, 4, 4).rows(0, 0, 1)
+    return collator(kind).train(rows, len(rows))
+
+
+def in_low(values):
+    return torch.equal(values, values.bfloat16().float())
+
+
+def outputs_of(layers):
+    """Dtypes that linear layers give, filled by the forwards that follow."""
+    found = set()
+    for layer in layers:
+        layer.module.register_forward_hook(lambda _m, _x, output: found.add(output.dtype))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_bf16_is_for_products_alone(kind):
+    """What is multiplied is cast; weights, gradients and logits are fp32."""
+    gradients, logits = {}, {}
+    for dtype in (torch.bfloat16, torch.float32):
+        adapted = FullModel(toys.base_model(kind), arithmetic=dtype)
+        weights = adapted.parameters()
+        layer = list(adapted.layers.values())[-1]
+        seen = []
+        layer.module.register_forward_hook(lambda _m, x, y, seen=seen: seen.append((x[0], y)))
+        found = outputs_of(adapted.layers.values())
+        batch = batch_of(kind)
+        logits[dtype] = aligned_logits(adapted.module, batch, kind == "t5")
+        row_losses(logits[dtype], batch.labels).sum().backward()
+        gradients[dtype] = {name: value.grad for name, value in weights.items()}
+        assert {w.dtype for w in weights.values()} == {torch.float32}
+        assert {g.dtype for g in gradients[dtype].values()} == {torch.float32}
+        assert found == {dtype}
+        (x, y) = seen[0]
+        assert torch.equal(y, x.to(dtype) @ layer.weight.to(dtype).T)
+        products = [gradients[dtype][full.parameter] for full in adapted.layers.values()]
+        assert all(in_low(g) for g in products) is (dtype == torch.bfloat16)
+    low, full = torch.bfloat16, torch.float32
+    assert logits[low].dtype == torch.float32
+    assert 0 < (logits[low] - logits[full]).norm() / logits[full].norm() < 0.02
+    for name, gradient in gradients[full].items():
+        assert (gradients[low][name] - gradient).norm() < 0.05 * gradient.norm() + 1e-4, name
+
+
+def test_small_steps_are_kept_with_bf16_products(tmp_path):
+    got = cases.sequence(ALONE, tmp_path, model="llama", dtype="bf16", **PLAIN)
+    assert got["dtypes"] == ["torch.float32"]
+    moved = [value for name, value in got.items() if name.endswith("proj.weight/W")]
+    assert moved
+    assert not any(in_low(value) for value in moved)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_answers_are_decoded_with_bf16_products_throughout(kind, keep):
+    """Also in a T5's encoder, which `generate` calls beside the model's forward."""
+    adapted = FullModel(toys.base_model(kind), arithmetic=torch.bfloat16)
+    prompts = collator(kind).prompts(toys.ToyRows(0, 4, 4).rows(0, 0, 1)).inputs
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    found = outputs_of(adapted.layers.values())
+    with torch.no_grad(), adapted.decoding(keep_casts=keep):
+        low = adapted.module.generate(**prompts, **settings)
+    assert found == {torch.bfloat16}
+    found.clear()
+    with torch.no_grad():  # Control: without it the forward alone casts.
+        adapted.module.generate(**prompts, **settings)
+    assert (torch.float32 in found) is (kind == "t5")
+    again = FullModel(toys.base_model(kind), arithmetic=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low, again.module.generate(**prompts, **settings))
 
 
 def test_a_model_without_linear_layers_is_refused():

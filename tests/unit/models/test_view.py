@@ -1,5 +1,6 @@
 """The live model decodes what a loop without a cache decodes."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,12 +45,13 @@ def without_a_cache(model: Any, inputs: dict[str, torch.Tensor], tokens: int) ->
 def test_stacks_of_unequal_depth_decode(encoder: int, decoder: int) -> None:
     model = a_t5(encoder, decoder)
     engine = SimpleNamespace(module=model, rank=0, world=1, device=torch.device("cpu"))
+    adapted: Any = SimpleNamespace(decoding=lambda keep_casts: nullcontext())
     facts: Any = SimpleNamespace(seq2seq=True, pad_id=PAD, eos_id=EOS)
     ids = torch.tensor([[5, 9, 30, 2], [7, 7, PAD, PAD]])
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
     labels = torch.zeros(2, 1, dtype=torch.long)
     batch = Batch(inputs=inputs, labels=labels, num_tokens=0, ids=["a", "b"], real_rows=2)
-    found = LiveModel(engine, facts, synced=False).generate(batch, 6)  # type: ignore[arg-type]
+    found = LiveModel(engine, adapted, facts, synced=False).generate(batch, 6)  # type: ignore[arg-type]
     expected = without_a_cache(model, inputs, 6)
     assert found == expected
     assert len({tuple(row) for row in expected}) == 2  # the prompt matters
