@@ -9,6 +9,7 @@ The command line does its work through these functions as well.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,17 +91,19 @@ def run(
     """
     if procs is not None:
         recipe = load_recipe(recipe.file, *recipe.overrides, f"engine.procs={procs}")
-    folder = RunDir(run_dir)
+    folder = _folder(run_dir)
     folder.check_free()
     prepared = prepare(recipe.config, say or _say)
     folder.create()
+    ours = False
     try:
         with folder.lock() as lock:
+            ours = True  # without the lock it is another's, who started at the same moment
             write_start(folder, recipe, prepared)
             _launch(folder, (), prepared.procs, prepared.device, lock)
     except BaseException as error:
         # Bad input leaves no folder behind, and a start that was cut short no half of one.
-        if _is_bad_input(error) or not folder.is_run():
+        if ours and (_is_bad_input(error) or not folder.is_run()):
             folder.remove_if_empty_run()
         raise
     return _conclude(folder)
@@ -127,7 +130,7 @@ def resume(
     """
     if procs is not None:
         overrides = (*overrides, f"engine.procs={procs}")
-    folder = RunDir(run_dir)
+    folder = _folder(run_dir)
     folder.require_run()
     check_resumable(overrides)
     recipe = load_recipe(folder.recipe, *overrides)
@@ -169,16 +172,18 @@ def branch(
 
     if procs is not None:
         overrides = (*overrides, f"engine.procs={procs}")
-    parent, child = RunDir(run_dir), RunDir(new_dir)
+    parent, child = _folder(run_dir), _folder(new_dir)
     recipe = branch_recipe(parent, stage, overrides)
     child.check_free()
     prepared = prepare(recipe.config, say or _say)
     start_branch(parent, stage, child, recipe, prepared)
+    ours = False
     try:
         with child.lock() as lock:
+            ours = True
             _launch(child, (), prepared.procs, prepared.device, lock)
     except BaseException as error:
-        if _is_bad_input(error) and not child.stage(stage + 1).path.exists():
+        if ours and _is_bad_input(error) and not child.stage(stage + 1).path.exists():
             child.discard()
         raise
     return _conclude(child)
@@ -190,7 +195,7 @@ def read_result(run_dir: str | Path) -> RunResult:
     Raises:
         RunFolderError: It is no run folder, or no stage has been scored yet.
     """
-    folder = RunDir(run_dir)
+    folder = _folder(run_dir)
     folder.require_run()
     if not folder.matrix.is_file():
         raise RunFolderError(
@@ -224,6 +229,11 @@ def check_resumable(overrides: Sequence[str]) -> None:
             f"Allowed: {', '.join(f'{section}.*' for section in RESUMABLE)}. "
             "For other settings start a new run."
         )
+
+
+def _folder(path: str | Path) -> RunDir:
+    """A run folder as it was named; a shell leaves the `~` of `--run-dir=~/x` to us."""
+    return RunDir(os.path.expanduser(path))
 
 
 def _is_bad_input(error: BaseException) -> bool:

@@ -51,7 +51,7 @@ def require_branchable(parent: RunDir, stage: int, new: LoadedRecipe) -> None:
     changed = [key for key in FIXED if before[key] != after[key]]
     changed += [f"eval.{key}" for key in SCORED if before["eval"][key] != after["eval"][key]]
     if before["tasks"][: stage + 1] != after["tasks"][: stage + 1]:
-        changed.append("tasks")
+        changed.append(f"tasks 0 to {stage} (tasks.{len(before['tasks'])}=... adds one to them)")
     if changed:
         raise ConfigError(
             f"A branch of {parent.path} after stage {stage} shares what came before, so it cannot "
@@ -148,9 +148,9 @@ def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) ->
             shutil.copytree(source, target)
             if not same_method:
                 _drop_method_state(target)
-    for name in ("untrained.json",):
-        if (parent.path / name).is_file():
-            shutil.copy2(parent.path / name, child.path / name)
+    untrained = parent.path / "untrained.json"
+    if untrained.is_file():
+        shutil.copy2(untrained, child.path / untrained.name)
     _copy_events(parent, child, stage)
     write_json(
         child.path / "lineage.json",

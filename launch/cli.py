@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -20,6 +21,15 @@ from accrete.launch.commands.run import run
 from accrete.launch.commands.schema import schema
 from accrete.launch.commands.score import score
 from accrete.pipeline.errors import AccreteError
+
+_ROOM = "Free space, or give another folder (--run-dir, --out, ACCRETE_CACHE)."
+_RIGHTS = "Ask for the right to it, or give another file or folder."
+_REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+    errno.ENAMETOOLONG: "Give a shorter one.",
+}
+"""What the machine refuses, and what to do: no fault of the program, so no traceback."""
 
 app = typer.Typer(
     name="accrete",
@@ -64,6 +74,13 @@ def main() -> None:
     except AccreteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        advice = _REFUSALS.get(error.errno or 0)
+        if advice is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror}. {advice}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,16 @@ def export_stage(
     runner = rebuild(run_dir, stage, ("model.dtype=fp32", "adapter.past=fold"))
     aside = out.with_name(f".{out.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if form == "merged":
-        _write_merged(runner, aside, dtype)
-    else:
-        _write_adapter(runner, aside)
-    os.replace(aside, out)
+    try:
+        aside.mkdir(parents=True)
+        if form == "merged":
+            _write_merged(runner, aside, dtype)
+        else:
+            _write_adapter(runner, aside)
+        os.replace(aside, out)
+    except BaseException:  # such as a full disk, which half a model would keep full
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return out
 
 

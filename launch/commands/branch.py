@@ -41,7 +41,8 @@ def branch(
     from accrete.launch import api
     from accrete.launch.commands.conclusion import print_result
 
-    folder = new_dir or run_dir.with_name(
-        f"{run_dir.name}-stage{from_stage}-{datetime.now():%Y%m%d-%H%M%S}"
+    parent = run_dir if run_dir.name.strip(".") else run_dir.resolve()  # `.` has no name
+    folder = new_dir or parent.with_name(
+        f"{parent.name}-stage{from_stage}-{datetime.now():%Y%m%d-%H%M%S}"
     )
     print_result(api.branch(run_dir, from_stage, folder, *(overrides or ()), procs=procs))

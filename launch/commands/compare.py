@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from accrete.launch.commands.options import new_file
+
 
 class Format(StrEnum):
     """What `--format` takes."""
@@ -24,7 +26,8 @@ def compare(
     ],
     format: Annotated[Format, typer.Option("--format", help="Form of the table.")] = Format.TEXT,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")
+        Path | None,
+        typer.Option("--out", help="Write to this file, not the terminal.", callback=new_file),
     ] = None,
 ) -> None:
     """Compare finished runs: mean and spread over seeds, paired tests between methods.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,7 @@ def doctor(
     question = Question(
         recipe=loaded,
         words=" ".join([recipe or "RECIPE", *(overrides or ())]),
-        run_dir=(run_dir or default_folder("doctor")).absolute(),
+        run_dir=Path(os.path.expanduser(run_dir or default_folder("doctor"))).absolute(),
         offline=offline or already or (cluster is not None and settings.storage.offline),
         procs=procs,
         limit=timeout,

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from accrete.launch.commands.options import new_file
+
 
 def schema(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write to this file instead of the terminal.")
+        Path | None,
+        typer.Option("--out", help="Write to this file, not the terminal.", callback=new_file),
     ] = None,
 ) -> None:
     """Print the JSON Schema of recipe files, for completion and checks in an editor.

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from accrete.launch.commands.options import new_file
 from accrete.launch.completion import complete_run
 
 
@@ -29,7 +30,8 @@ def score(
         list[str] | None, typer.Option(help="Task to score (repeatable); default: all so far.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write one JSON line per row to this file.")
+        Path | None,
+        typer.Option(help="Write one JSON line per row to this file.", callback=new_file),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -56,9 +58,11 @@ def score(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("task", "score", "rows", "no label", title=f"{run_dir} after stage {number}")
+    title = Text(f"{run_dir} after stage {number}")  # as text: a name may look like markup
+    table = Table("task", "score", "rows", "no label", title=title)
     for item in scores:
         outside = "" if item.outside is None else f"{item.outside:.1f} %"
-        table.add_row(item.task, f"{item.score:.1f}", str(len(item.rows)), outside)
+        table.add_row(Text(item.task), f"{item.score:.1f}", str(len(item.rows)), outside)
     Console().print(table)

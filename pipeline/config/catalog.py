@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def copy_recipe(name: str, dest: Path) -> Path:
         InputError: The file exists already, or its folder does not.
     """
     source, _ = find_recipe(name)
-    dest = dest.expanduser()
+    dest = Path(os.path.expanduser(dest))
     if dest.is_dir():
         dest = dest / source.name
     if dest.suffix not in (".yaml", ".yml"):

@@ -8,6 +8,7 @@ all that an earlier group for the same key brought along.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,7 @@ class _Composer:
     def find(self, reference: str, folder: Path, where: str) -> Path | None:
         """The file behind an entry of `extends`."""
         if looks_like_file(reference):
-            path = folder / Path(reference).expanduser()
+            path = folder / os.path.expanduser(reference)
             if path.is_file():
                 return path
             self.problems.add(where, "extends", f"no such file: {path}")
@@ -170,7 +171,7 @@ class _Composer:
     def group_file(self, key: str, name: str, folder: Path, origin: Origin) -> Path | None:
         """The group's file; None (with the reason noted) unless `name` is a method's kind."""
         if looks_like_file(name) and not is_method_file(name):
-            path = folder / Path(name).expanduser()
+            path = folder / os.path.expanduser(name)
             if path.is_file():
                 return path
             self.problems.add(origin.where, key, f"no such file: {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedReci
     for override in parsed:
         if not override.is_group:
             apply_override(tree, override, problems)
-    expand_task_names(tree)
+            expand_task_names(tree)  # the next one may speak of a task that this one names
     take_hub_tasks(tree, problems)
     check_together(tree, problems)
     config = build(tree, problems)
@@ -111,7 +112,7 @@ def find_recipe(recipe: str | Path) -> tuple[Path, str]:
         ConfigError: Neither a shipped recipe nor a file.
     """
     text = str(recipe)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if not isinstance(recipe, Path) and not looks_like_file(text):
         shipped = named_file(text)
         if shipped is not None:
@@ -192,10 +193,17 @@ def _render(recipe: LoadedRecipe, origins: bool, brief: bool) -> str:
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
+    yaml.representer.add_representer(str, _represent_text)
     yaml.indent(mapping=2, sequence=4, offset=2)
     text = io.StringIO()
     yaml.dump(convert(recipe.resolved(), ()), text)
     return text.getvalue()
+
+
+def _represent_text(dumper: Any, text: str) -> Any:
+    # ruamel writes these two plain, and reads them as a space and as a key.
+    style = '"' if "\x85" in text or text.startswith("?") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _all_default(recipe: LoadedRecipe, path: TreePath) -> bool:

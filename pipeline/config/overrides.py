@@ -60,6 +60,9 @@ def apply_override(tree: Node, override: Override, problems: ProblemList) -> Non
     for depth, key in enumerate(override.path):
         last = depth == len(override.path) - 1
         if isinstance(node.value, list):
+            if last and key == str(len(node.value)):  # one more, such as a branch's new task
+                node.value.append(override.node.copy())
+                return
             index = _list_index(node, key, override, depth, problems)
             if index is None:
                 return

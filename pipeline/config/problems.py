@@ -24,6 +24,11 @@ class Problem:
     hint: str = ""
     """What to do."""
 
+    @property
+    def is_override(self) -> bool:
+        """Whether it was written on the command line."""
+        return self.where.startswith("override ")
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.path}" if self.path else self.where
         lines = [head, *(f"    {line}" for line in self.message.splitlines())]
@@ -59,8 +64,11 @@ class ProblemList:
         self._items[Problem(where, path, message, hint)] = None
 
     def covers(self, path: str) -> bool:
-        """Whether something at or below `path` is already known to be wrong."""
-        return any(item.path == path for item in self._items) or self.covers_inside(path)
+        """Whether something at or below `path` is known to be wrong, or a file is unread."""
+        return self.covers_inside(path) or any(
+            item.path in (path, "extends") or not (item.path or item.is_override)
+            for item in self._items
+        )
 
     def covers_inside(self, path: str) -> bool:
         """Whether something below `path` is already known to be wrong."""
@@ -81,7 +89,7 @@ class ProblemList:
 
 
 def _reading_order(problem: Problem) -> tuple[bool, str, int]:
-    if problem.where.startswith("override "):
+    if problem.is_override:
         return True, "", 0  # as given on the command line
     file, _, line = problem.where.rpartition(":")
     return (False, file, int(line)) if line.isdecimal() else (False, problem.where, 0)

@@ -16,6 +16,7 @@ from accrete.pipeline.config.problems import ProblemList
 from accrete.pipeline.config.tree import Node, Origin, Scalar, in_file
 
 _TAG = "tag:yaml.org,2002:"
+_SHELL = "quote it for the shell: 'tasks=[a, b]'; and inside for YAML: \"files.train='*.gz'\""
 _SCALARS = {f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null")}
 
 
@@ -38,15 +39,18 @@ def read_file(path: Path, shown: str, problems: ProblemList) -> Node | None:
 
 def read_value(text: str, origin: Origin, problems: ProblemList) -> Node | None:
     """The value of an override, parsed as YAML 1.2."""
-    return _Reader(lambda line: origin, problems).read(text)
+    return _Reader(lambda line: origin, problems, _SHELL).read(text)
 
 
 class _Reader:
     """Builds nodes from ruamel's syntax tree, because that keeps the line of every scalar."""
 
-    def __init__(self, place: Callable[[int], Origin], problems: ProblemList) -> None:
+    def __init__(
+        self, place: Callable[[int], Origin], problems: ProblemList, hint: str = ""
+    ) -> None:
         self.place = place
         self.problems = problems
+        self.hint = hint
         self.yaml = YAML(typ="safe", pure=True)
         self.active: set[int] = set()
 
@@ -56,7 +60,8 @@ class _Reader:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             where = self.place(mark.line + 1 if mark is not None else 1).where
-            self.problems.add(where, "", f"not valid YAML: {error.problem or error.context}")
+            said = error.problem or error.context
+            self.problems.add(where, "", f"not valid YAML: {said}", self.hint)
             return None
         except YAMLError as error:
             self.problems.add(self.place(1).where, "", f"not valid YAML: {error}")

@@ -31,7 +31,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD without momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates, from 0 to below 1."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -43,6 +43,11 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Clip the whole gradient to this norm, as DeepSpeed does; off by default, because a penalty's
     gradient would count in the norm and shrink the task's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what the optimizer would refuse on every rank, once the run has begun."""
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` is {list(self.betas)}; allowed: two numbers >= 0 and < 1")
 
 
 @dataclass(frozen=True, kw_only=True)

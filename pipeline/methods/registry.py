@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from difflib import get_close_matches
@@ -58,7 +59,7 @@ def method_class(kind: str) -> type[Method]:
     """
     match = _FILE.fullmatch(kind)
     if match is not None:
-        return _from_file(Path(match["path"]).expanduser(), match["name"])
+        return _from_file(Path(os.path.expanduser(match["path"])), match["name"])
     if kind in METHODS:
         module, _, name = METHODS[kind].partition(":")
         return _checked(getattr(importlib.import_module(module), name), f"method `{kind}`")
