@@ -55,7 +55,6 @@ class SequenceEvaluator:
         max_new_tokens: int,
         *,
         open_rows: Callable[[TaskHandle], EvalRows] | None = None,
-        on_batch: Callable[[int, int], None] | None = None,
     ) -> None:
         """Set how to score.
 
@@ -65,14 +64,12 @@ class SequenceEvaluator:
             tokenizer: Of the model to score.
             max_new_tokens: Longest answer with its end token; a longer reference cannot be hit.
             open_rows: Opens a task's rows; default: `pipeline.data.store.open_eval`.
-            on_batch: Told (done, all) calls of this rank's current pass, for a progress display.
         """
         self._config = eval_config
         self._collator = collator
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._tasks = OpenTasks(open_rows)
-        self._on_batch = on_batch
 
     def __call__(self, view: ModelView, handles: Sequence[TaskHandle]) -> list[TaskScore]:
         """Score every row of every task; the same value on every rank.
@@ -183,8 +180,6 @@ class SequenceEvaluator:
             batch = mine[number] if number < len(mine) else []
             results = call(view, take_rows(tasks, [jobs[j] for j in batch]))
             found += zip(batch, results, strict=True)
-            if self._on_batch is not None:
-                self._on_batch(number + 1, rounds)
         gathered = view.gather((found, time.perf_counter() - began))
         self._share_out(jobs, max(spent for _, spent in gathered), seconds)
         by_job = dict(pair for part, _ in gathered for pair in part)

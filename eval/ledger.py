@@ -138,9 +138,8 @@ def _training_seconds(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         if begins or kind in ("run_started", "resumed"):
             life.close(totals)
             life = _Training(stage=index if begins else None, began=_number(event, "time"))
-        elif kind in ("consolidated", "stage_finished") and seconds is not None:
-            known = kind == "stage_finished" and index in totals
-            if isinstance(index, int) and index >= 0 and not known:
+        elif kind == "consolidated" and seconds is not None:
+            if isinstance(index, int) and index >= 0:
                 totals[index] = totals.get(index, 0.0) + seconds
             life = _Training()
         elif index == life.stage and kind in ("step", "checkpoint"):
@@ -177,16 +176,12 @@ def _apply(stage: StageCost, event: Mapping[str, Any]) -> None:
     elif kind == "consolidated":
         stage.state = "scoring"
         stage.consolidate_seconds = _sum(stage.consolidate_seconds, seconds)
+        stage.state_bytes = _count(event, "state_bytes")
     elif kind == "checkpoint" and seconds is not None:
         stage.checkpoint_seconds = _sum(stage.checkpoint_seconds, seconds)
     elif kind == "stage_finished":
         stage.state = "finished"
         stage.score_seconds = _number(event, "score_seconds")
-    if kind in ("consolidated", "stage_finished"):
-        for name in ("state_bytes", "method_state_bytes"):
-            stage.state_bytes = _count(event, name) or stage.state_bytes
-        consolidate = _number(event, "consolidate_seconds")
-        stage.consolidate_seconds = consolidate or stage.consolidate_seconds
 
 
 def _add_steps(

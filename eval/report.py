@@ -97,9 +97,13 @@ def _status(record: RunRecord) -> str:
 
 def _warnings(record: RunRecord) -> list[str]:
     """What went wrong or deserves a look, oldest first, each once."""
-    found = [str(e.get("message", "")) for e in record.events if e["event"] == "warning"]
-    found += [_resumed(e) for e in record.events if e["event"] == "resumed"]
-    return list(dict.fromkeys(text for text in [*found, *record.problems] if text))
+    found = [
+        _resumed(event) if event["event"] == "resumed" else str(event.get("message", ""))
+        for event in record.events
+        if event["event"] in ("warning", "resumed")
+    ]
+    found += [record.failure or "", *record.problems]
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def _resumed(event: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def group_settings(config: Mapping[str, Any], origins: Any) -> list[SettingGroup
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
     """Leaves of nested data as (dotted path, text); a list of plain values stays whole."""
-    if value is None and not path:
+    if not value and not path:
         return []
     if isinstance(value, Mapping) and value:
         parts = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]

@@ -65,7 +65,7 @@ class RunRecord:
     def name(self) -> str:
         """Name of the recipe, or else of the folder."""
         started = self.first_event("run_started")
-        for value in (self.info.get("name"), self.config.get("name"), started.get("recipe")):
+        for value in (self.info.get("name"), self.config.get("name"), started.get("name")):
             if value:
                 return str(value)
         return self.path.resolve().name
@@ -162,6 +162,17 @@ class RunRecord:
     def first_event(self, kind: str) -> Mapping[str, Any]:
         """The first event of a kind; empty if there is none."""
         return next((event for event in self.events if event["event"] == kind), {})
+
+    @cached_property
+    def failure(self) -> str | None:
+        """Why the newest attempt ended early, by the rank that failed first; None if it did not."""
+        found = [(self._mapping(file), file) for file in self.dir.logs.glob("error-*.json")]
+        said = [pair for pair in found if isinstance(pair[0].get("time"), int | float)]
+        if not said:
+            return None
+        error, file = min(said, key=lambda pair: pair[0]["time"])
+        log = "" if error.get("expected") else f" (logs/{file.stem.replace('error', 'rank')}.log)"
+        return f"The newest attempt ended early: {error.get('message')}{log}"
 
     def predictions(self, stage: int) -> dict[str, list[PredictedRow]]:
         """What was scored after a stage, by task, in file order; empty if there is no file."""

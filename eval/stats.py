@@ -18,7 +18,7 @@ RESAMPLES = 2000
 FLIPS = 9999
 """Draws of `sign_flip`: its p can be as small as 1e-4, so that Holm's correction leaves some."""
 _BLOCK = 4_000_000
-"""Signs drawn at a time."""
+"""Numbers drawn at a time: all at once would fill the memory where many rows differ."""
 _NEGLIGIBLE = 1e-18
 _SMALLEST_P = 1e-15
 
@@ -49,8 +49,13 @@ def resample_means(scores: Array, resamples: int, rng: np.random.Generator) -> A
     """
     columns, counts = np.unique(scores, axis=1, return_counts=True)
     total = scores.shape[1]
-    draws = rng.multinomial(total, counts / total, size=resamples)
-    return np.asarray(draws @ columns.T / total, dtype=np.float64)
+    means = np.empty((resamples, scores.shape[0]))
+    step = max(1, _BLOCK // counts.size)
+    for start in range(0, resamples, step):
+        block = means[start : start + step]
+        draws = rng.multinomial(total, counts / total, size=len(block))
+        block[:] = draws @ columns.T / total
+    return means
 
 
 def bootstrap_matrix(
@@ -179,7 +184,7 @@ def _repeated(
 
 
 def _single(sizes: Array, flips: int, rng: np.random.Generator) -> Array:
-    """Sums of sizes that one row has, in blocks: all signs at once would fill the memory."""
+    """Sums of sizes that one row has."""
     sums = np.empty(flips)
     step = max(1, _BLOCK // max(1, sizes.size))
     for start in range(0, flips, step):

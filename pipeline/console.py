@@ -18,6 +18,8 @@ from accrete.pipeline.records import Event
 
 FORGOTTEN_POINTS = 5.0
 """A task this far below its best earlier score is marked as forgotten."""
+NARROW_NAME = 16
+"""Columns of a name where the matrix hardly fits: with them, 15 tasks fit the usual 80."""
 LOG_WIDTH = 200
 """Columns of plain lines where there is no terminal to ask."""
 
@@ -84,7 +86,7 @@ class ConsoleSink:
             self._bars.stop()
         now = self._progress
         rows = [list(now.row(stage).values()) for stage in range(len(now.plan))]
-        self._print(matrix_table(now.tasks, rows))
+        self._print(fitting_matrix(self._console, now.tasks, rows))
         self._print(Text(f"finished in {format_duration(event['seconds'])}", style="dim"))
 
 
@@ -183,7 +185,7 @@ def stage_table(now: Progress, stage: int) -> Table:
     """The new row of the matrix, beside the best that each task ever had."""
     name = now.tasks[stage] if stage < len(now.plan) else str(stage)
     table = Table(
-        title=f"after task {stage + 1}/{len(now.plan)} {name}",
+        title=Text(f"after task {stage + 1}/{len(now.plan)} {name}"),  # no markup in a name
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -208,16 +210,46 @@ def stage_table(now: Progress, stage: int) -> Table:
     return table
 
 
-def matrix_table(tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]) -> Table:
-    """The accuracy matrix: a row for each stage, a column for each task, in percent."""
+def fitting_matrix(
+    console: Console, tasks: Sequence[str], matrix: Sequence[Sequence[float | None]]
+) -> Table:
+    """The matrix with names and decimals where the console is wide enough: rich would cut both."""
+    unlimited = console.options.update(max_width=10_000)
+    for numbered, narrow in ((len(tasks) > 8, False), (True, False)):
+        table = matrix_table(tasks, matrix, numbered=numbered, narrow=narrow)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            return table
+    return matrix_table(tasks, matrix, numbered=True, narrow=True)
+
+
+def matrix_table(
+    tasks: Sequence[str],
+    matrix: Sequence[Sequence[float | None]],
+    *,
+    numbered: bool,
+    narrow: bool,
+) -> Table:
+    """The accuracy matrix: a row for each stage, a column for each task, in percent.
+
+    Args:
+        tasks: Their names.
+        matrix: `matrix[t][i]`, for i up to t.
+        numbered: Name the columns by number; the rows say which task it is.
+        narrow: Whole percents, close together, and names cut at the end.
+    """
     table = Table(
-        title="accuracy after each task (percent)", title_justify="left", box=box.SIMPLE_HEAD
+        title="accuracy after each task (percent)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0) if narrow else (0, 1),
     )
     table.add_column("after")
-    numbered = len(tasks) > 8
     for index, task in enumerate(tasks, start=1):
         table.add_column(Text(str(index) if numbered else task), justify="right")
     for index, row in enumerate(matrix):
-        name = f"{index + 1} {tasks[index]}" if numbered else tasks[index]
-        table.add_row(Text(name), *("n/a" if score is None else f"{score:.1f}" for score in row))
+        name = Text(f"{index + 1} {tasks[index]}" if numbered else tasks[index])
+        if narrow:
+            name.truncate(NARROW_NAME, overflow="ellipsis")
+        digits = 0 if narrow else 1
+        table.add_row(name, *("n/a" if score is None else f"{score:.{digits}f}" for score in row))
     return table

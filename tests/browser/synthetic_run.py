@@ -19,9 +19,6 @@ STEPS = 40
 RECIPE = """\
 name: standard_cl/order1
 seed: 3
-tasks:
-  - {name: dbpedia, metric: exact_match}
-  - {name: amazon, metric: exact_match}
 model: {path: /models/smollm2-135m, dtype: auto}
 method: {kind: ewc_lora, weight: 0.4}
 adapter: {rank: 8, alpha: 16.0, targets: qv}
@@ -39,7 +36,10 @@ def write_run(
 ) -> Path:
     """Write a run of four tasks of which `finished_stages` are scored."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(RECIPE)
+    listed = "".join(
+        f"  - {json.dumps({'name': task, 'metric': 'exact_match'})}\n" for task in tasks
+    )
+    (folder / "recipe.yaml").write_text(f"{RECIPE}tasks:\n{listed}")
     _write(folder / "run.json", _run_json())
     events = _events(tasks, finished_stages)
     lines = "".join(json.dumps(event) + "\n" for event in events)

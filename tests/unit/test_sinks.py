@@ -13,6 +13,7 @@ from rich.console import Console
 
 from accrete.pipeline import sinks
 from accrete.pipeline.config.run import LogConfig
+from accrete.pipeline.console import fitting_matrix
 from accrete.pipeline.errors import ConfigError
 from accrete.pipeline.progress import Progress, format_count, format_duration
 from accrete.pipeline.records import Event, Recorder
@@ -110,6 +111,45 @@ def test_stage_table_flags_the_forgotten() -> None:
     assert ["yahoo", "88.0", "79.0", "60.0"] in matrix
     # Scores of tasks that were not yet trained are no cells.
     assert "99.0" not in out.getvalue()
+
+
+def test_a_name_is_no_markup() -> None:
+    """An odd name must not cost the rest of the display."""
+    sink, out = shown("plain")
+    with Recorder(None, [sink]) as recorder:
+        names = ("[bold]a", "b[/c]")
+        tasks = [{**task, "task": name} for task, name in zip(plan(), names, strict=False)]
+        recorder.emit(Event.RUN_STARTED, plan=tasks)
+        for stage, name in enumerate(names):
+            emit_score(recorder.emit, stage, name, 50.0)
+            recorder.emit(Event.STAGE_FINISHED, stage=stage)
+        recorder.emit(Event.RUN_FINISHED, seconds=1.0)
+    assert "after task 1/2 [bold]a" in out.getvalue()
+    assert "after task 2/2 b[/c]" in out.getvalue()
+    assert "finished in 1s" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "width", "head", "last"),
+    [
+        (["one", "two"], 80, "after one two", "two 100.0 99.0"),
+        (["a long name"] * 8, 80, "after 1 2 3 4", "8 a long name 100.0 99.0 98.0"),
+        (["a long name"] * 15, 200, "after 1 2 3 4", "15 a long name 100.0 99.0 98.0"),
+        (["a very long name"] * 15, 80, "after 1 2 3 4", "15 a very long … 100 99 98"),
+    ],
+)
+def test_the_matrix_fits_the_terminal(tasks: list[str], width: int, head: str, last: str) -> None:
+    """Cut numbers would be wrong ones: names and decimals go first."""
+    console = Console(file=io.StringIO(), width=width)
+    rows = [[100.0 - i for i in range(t + 1)] for t in range(len(tasks))]
+    with console.capture() as capture:
+        console.print(fitting_matrix(console, tasks, rows))
+    text = capture.get().split("(percent)")[1]
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    assert lines[0].startswith(head)
+    assert lines[-1].startswith(last)
+    assert len(lines) == 2 + len(tasks)
+    assert all(str(100 - i) in lines[-1] for i in range(len(tasks)))
 
 
 def test_quiet_shows_warnings_alone() -> None:

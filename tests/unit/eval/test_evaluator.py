@@ -245,20 +245,6 @@ def test_a_task_without_rows_is_refused(case: Case) -> None:
         empty.evaluator()(empty.view(), case.handles[:1])
 
 
-def test_progress_is_told(case: Case) -> None:
-    told: list[tuple[int, int]] = []
-    evaluator = SequenceEvaluator(
-        EvalConfig(batch_tokens=64),
-        collator(case.kind),
-        word_tokenizer(),
-        MAX_NEW,
-        open_rows=lambda handle: case.rows[handle.name],
-        on_batch=lambda done, total: told.append((done, total)),
-    )
-    evaluator(case.view(), case.handles)
-    assert told == [(k + 1, len(told)) for k in range(len(told))]
-
-
 def test_prepared_folders_score_like_rows_in_memory(case: Case, tmp_path: Path) -> None:
     handles = []
     for task in case.handles:

@@ -111,6 +111,37 @@ def test_where_a_run_went_on(tmp_path: Path, step: int | None, said: str) -> Non
     assert said in report_content(RunRecord(run))["warnings"]
 
 
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    """The rank that failed first is the cause; the others follow from it."""
+    run = write_run(tmp_path / "run", CELLS[:1], tasks=("a", "b"))
+    assert RunRecord(run).failure is None
+    (run / "logs").mkdir()
+    for rank, (message, time) in enumerate((("broken pipe", 7.0), ("out of <memory>", 6.0))):
+        said = {"message": message, "time": time, "expected": rank == 0}
+        (run / f"logs/error-{rank}.json").write_text(json.dumps(said))
+    (run / "logs/error-2.json").write_text("[]")
+    why = "The newest attempt ended early: out of <memory> (logs/rank-1.log)"
+    assert report_content(RunRecord(run))["warnings"] == [why]
+    assert html.escape(why) in write_report(run).read_text()
+
+
+def test_warnings_come_in_the_order_of_events(tmp_path: Path) -> None:
+    events = [{"event": "resumed", "stage": 0, "step": 3}, {"event": "warning", "message": "w"}]
+    run = write_run(tmp_path / "run", CELLS, events=events)
+    assert report_content(RunRecord(run))["warnings"] == ["Resumed in stage 1, step 3.", "w"]
+
+
+def test_events_alone_know_the_name_and_nothing_is_made_up(tmp_path: Path) -> None:
+    """The fields are those that `run_started` has; there is no row without a name."""
+    run = tmp_path / "folder"
+    run.mkdir()
+    started = {"event": "run_started", "name": "demo", "plan": [{"task": "a"}]}
+    (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+    record = RunRecord(run)
+    assert (record.name, record.tasks) == ("demo", ("a",))
+    assert report_content(record)["also_recorded"] == []
+
+
 def test_damaged_files_become_warnings(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", CELLS)
     (run / "run.json").write_text("{")

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accrete.eval import stats
 from accrete.eval.stats import (
     bootstrap_matrix,
     holm,
@@ -139,6 +141,19 @@ def test_resampling_by_columns_is_resampling_by_rows() -> None:
     slow = scores[:, picks].mean(axis=-1).T
     np.testing.assert_allclose(fast.mean(axis=0), slow.mean(axis=0), atol=0.003)
     np.testing.assert_allclose(np.cov(fast.T), np.cov(slow.T), atol=3e-4)
+
+
+def test_many_different_rows_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws in little memory: 2000 draws of each of 10^5 rows would be 3 GB."""
+    scores = np.random.default_rng(1).random((2, 1000))
+    whole = resample_means(scores, 500, np.random.default_rng(0))
+    monkeypatch.setattr(stats, "_BLOCK", 20_000)
+    tracemalloc.start()
+    parts = resample_means(scores, 500, np.random.default_rng(0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(parts, whole, rtol=1e-12)
+    assert peak < 1e6 < 500 * 1000 * 8
 
 
 def test_matrix_bootstrap_intervals_hold_the_metrics() -> None:
