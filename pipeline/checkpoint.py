@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from accrete.pipeline.errors import CheckpointError
 from accrete.pipeline.fence import Fence
-from accrete.pipeline.run_dir import sync_folder, write_json
+from accrete.pipeline.run_dir import CHECKPOINT, sync_folder, write_json
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -189,13 +189,15 @@ def _check(path: Path, expected: str) -> None:
 
 
 def positions(run: Path) -> list[Position]:
-    """Positions of all finished checkpoints of a run, oldest first."""
+    """Positions of all finished checkpoints of a run, oldest first; folders that somebody has put
+    aside under another name are passed over.
+    """
     found = []
     for folder in (run / "checkpoints").glob("stage-*"):
-        parts = folder.name.split("-")
-        step = int(parts[3]) if len(parts) == 4 else None
-        if (folder / MANIFEST).is_file():
-            found.append(Position(stage=int(parts[1]), step=step))
+        name = CHECKPOINT.fullmatch(folder.name)
+        if name is not None and (folder / MANIFEST).is_file():
+            step = None if name[2] is None else int(name[2])
+            found.append(Position(stage=int(name[1]), step=step))
     return sorted(found, key=lambda position: position.order)
 
 

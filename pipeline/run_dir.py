@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,6 +17,9 @@ from typing import Any
 
 from accrete.pipeline.errors import RunFolderError
 from accrete.pipeline.records import Event, json_safe, read_events
+
+CHECKPOINT = re.compile(r"stage-(\d+)(?:-step-(\d+))?")
+"""Name of a checkpoint's folder; one that somebody has put aside is called otherwise."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +94,8 @@ class RunDir:
         self.prepared = self.path / "prepared.json"
         """Where the model and the tokenised tasks are."""
         self.events = self.path / "events.jsonl"
+        self.untrained = self.path / "untrained.json"
+        """Scores of the model as it came."""
         self.matrix = self.path / "matrix.json"
         self.report = self.path / "report.html"
         self.stages = self.path / "stages"
@@ -204,9 +210,17 @@ class RunDir:
         when the launcher is gone.
 
         Raises:
-            RunFolderError: Another process works in this folder; the message names it.
+            RunFolderError: Another process works in this folder, and the message names it; or the
+                folder cannot be written to.
         """
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path}: cannot open {self.lock_file.name} for writing "
+                f"({error.strerror}). A run goes on only where its folder can be written to: copy "
+                "it, or change its permissions."
+            ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accrete.pipeline import fence
-from accrete.pipeline.run_dir import RunDir, read_json, sync_folder, write_json
+from accrete.pipeline.run_dir import CHECKPOINT, RunDir, read_json, sync_folder, write_json
 
 ATTEMPTS_FILE = "attempts.jsonl"
 INTERRUPTED_FILE = "interrupted.json"
@@ -56,8 +56,9 @@ def read_progress(folder: RunDir) -> Progress:
     """How far the run on disk has come."""
     saved = [(-1, 0.0)]
     for manifest in folder.checkpoints.glob("stage-*/checkpoint.json"):
-        _, stage, *rest = manifest.parent.name.split("-")
-        saved.append((int(stage), float(rest[1]) if rest else float("inf")))
+        name = CHECKPOINT.fullmatch(manifest.parent.name)
+        if name is not None:
+            saved.append((int(name[1]), float(name[2] or "inf")))
     scored = sum(1 for _ in folder.stages.glob("*/score.json"))
     groups = sum(1 for _ in folder.partial.glob("*/*.json"))
     return Progress(scored, *max(saved), groups)
@@ -108,8 +109,11 @@ def note(folder: RunDir, record: Mapping[str, Any]) -> None:
     """Add a line to attempts.jsonl."""
     folder.launch.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": time.time(), **record}, ensure_ascii=False) + "\n"
-    with (folder.launch / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(line)
+    path = folder.launch / ATTEMPTS_FILE
+    # A machine that died may have left a part of a line, which must not take this one along.
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line if whole else "\n" + line)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder.launch)

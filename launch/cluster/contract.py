@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,8 @@ def node_local_folders(cluster: ClusterConfig, base: Mapping[str, str]) -> dict[
     Nodes that do not ask the hub keep the common cache of `datasets`, where `accrete fetch` has put
     the rows: nothing is written there.
     """
-    root = Path(cluster.storage.local or base.get("TMPDIR") or "/tmp") / f"accrete-{_user()}"
+    local = os.path.expandvars(os.path.expanduser(cluster.storage.local or ""))
+    root = Path(local or base.get("TMPDIR") or "/tmp") / f"accrete-{_user()}"
     folders = {
         "TRITON_CACHE_DIR": "triton",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -188,6 +190,30 @@ def node_local_folders(cluster: ClusterConfig, base: Mapping[str, str]) -> dict[
     if not cluster.storage.offline:
         folders["HF_DATASETS_CACHE"] = "datasets"
     return {name: str(root / folder) for name, folder in folders.items()}
+
+
+def make_local_folders(
+    cluster: ClusterConfig, environment: Mapping[str, str], base: Mapping[str, str]
+) -> None:
+    """Make this node's own folders.
+
+    Args:
+        cluster: The cluster's settings.
+        environment: What `node_environment` gave.
+        base: What the launcher left there.
+
+    Raises:
+        ConfigError: One of them cannot be made.
+    """
+    for name in node_local_folders(cluster, base):
+        try:
+            Path(environment[name]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: {environment[name]} cannot be made on {socket.gethostname()} "
+                f"({error.strerror}). Set storage.local in the cluster's settings to a folder that "
+                "every node can write to."
+            ) from None
 
 
 def _user() -> str:

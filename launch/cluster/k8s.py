@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from accrete.launch.cluster.node import NOT_OURS
 from accrete.launch.cluster.rendering import render_template
 from accrete.launch.cluster.request import (
     NODE_MODULE,
@@ -71,8 +73,12 @@ def pod_run_dir(request: LaunchRequest) -> PurePosixPath:
 
 
 def job_name(request: LaunchRequest) -> str:
-    """Name of the Job, its Service and its ConfigMap: a DNS label, another one for every folder."""
-    digest = hashlib.sha256(str(request.run_dir).encode()).hexdigest()[:6]
+    """Name of the Job, its Service and its ConfigMap: a DNS label, one for each folder of a claim.
+
+    From wherever it is launched: two Jobs in one folder would take the run from each other.
+    """
+    folder = f"{request.cluster.k8s.claim}:{pod_run_dir(request)}"
+    digest = hashlib.sha256(folder.encode()).hexdigest()[:6]
     return f"{request.job_name}-{digest}"
 
 
@@ -132,7 +138,7 @@ def _manifest(request: LaunchRequest) -> str:
         namespace=k8s.namespace,
         labels=labels,
         job_labels={**labels, **k8s.labels},
-        log_selector=_first_pod(name),
+        follow=_follow(request),
         nodes=request.nodes,
         procs_per_node=request.procs_per_node,
         run_dir=pod_run_dir(request),
@@ -190,14 +196,23 @@ def _node_script(request: LaunchRequest, name: str) -> str:
         setup=request.cluster.setup,
         files=FILES,
         node_module=NODE_MODULE,
+        not_ours=NOT_OURS,
         verdict_module=VERDICT_MODULE,
         first_pod_s=FIRST_POD_S,
         retries=request.cluster.retries,
     )
 
 
-def _first_pod(name: str) -> str:
-    return f"batch.kubernetes.io/job-name={name},batch.kubernetes.io/job-completion-index=0"
+def _where(request: LaunchRequest) -> list[str]:
+    namespace = request.cluster.k8s.namespace
+    return [] if namespace is None else [f"--namespace={namespace}"]
+
+
+def _follow(request: LaunchRequest) -> str:
+    """The command that shows what the first pod prints."""
+    job = f"batch.kubernetes.io/job-name={job_name(request)}"
+    pod = f"{job},batch.kubernetes.io/job-completion-index=0"
+    return " ".join(["kubectl logs --follow", *_where(request), "--selector", pod])
 
 
 def start(request: LaunchRequest) -> int:
@@ -212,25 +227,24 @@ def start(request: LaunchRequest) -> int:
             "kubectl is not on this machine. Render the manifest with --dry-run, and apply it from "
             f"one that has kubectl: kubectl apply -f {manifest}"
         )
-    where = (
-        []
-        if request.cluster.k8s.namespace is None
-        else [f"--namespace={request.cluster.k8s.namespace}"]
-    )
+    where = _where(request)
     status = _job_status(name, where)
     if status is not None:
         if _has_ended(status, "Complete"):
-            print(f"job {name}: finished; the run is in {pod_run_dir(request)} on the claim")
+            print(
+                f"job {name}: finished; the run is in {pod_run_dir(request)} on the claim. For "
+                "another one give another --run-dir."
+            )
             return 0
         if not _has_ended(status, "Failed"):
             raise KubernetesError(
-                f"job {name} of this run is at work already. Follow it with `kubectl logs --follow "
-                f"--selector {_first_pod(name)}`, or end it with `kubectl delete -f {manifest}`."
+                f"job {name} of this run is at work already. Follow it with `{_follow(request)}`, "
+                f"or end it with `kubectl delete -f {shlex.quote(str(manifest))}`."
             )
         _kubectl("delete", "job", name, "--cascade=foreground", *where, patience=None)
     print(_kubectl("apply", "--filename", str(manifest)).strip())
     print(f"run: {pod_run_dir(request)} on the claim")
-    print(" ".join(["follow it: kubectl logs --follow", *where, "--selector", _first_pod(name)]))
+    print(f"follow it: {_follow(request)}")
     return 0
 
 

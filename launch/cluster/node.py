@@ -16,11 +16,18 @@ from pathlib import Path
 
 from accrete.launch.cluster import attempts, contract
 from accrete.launch.cluster.network import find_interface
-from accrete.launch.cluster.request import KeptRequest, read_request
+from accrete.launch.cluster.request import (
+    KeptRequest,
+    OtherRunError,
+    read_request,
+    require_same_recipe,
+)
 from accrete.launch.local import PARENT_VARIABLE
 from accrete.pipeline.errors import AccreteError, RunFolderError
 from accrete.pipeline.run_dir import RunDir
 
+NOT_OURS = 3
+"""Exit status where the folder holds another run, whose owner and markers stay as they are."""
 PREPARED_S = {"submit": 300.0, "node": 7200.0}
 """Seconds within which the first node opens the run folder, by where the run is prepared."""
 
@@ -42,8 +49,10 @@ def main() -> None:
             options.run_dir, options.request, options.overrides, options.wait
         )
     except AccreteError as error:
-        _leave_word(options.run_dir, error)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, OtherRunError):
+            sys.exit(NOT_OURS)
+        _leave_word(options.run_dir, error)
         sys.exit(error.exit_code)
     print(f"accrete: {shlex.join(command)}", flush=True)
     sys.stdout.flush()
@@ -78,8 +87,7 @@ def get_ready(
     if interface is None and place.nodes > 1:
         interface = find_interface(place.master_addr)
     environment = contract.node_environment(place, request.cluster, interface, os.environ)
-    for name in contract.node_local_folders(request.cluster, os.environ):
-        Path(environment[name]).mkdir(parents=True, exist_ok=True)
+    contract.make_local_folders(request.cluster, environment, os.environ)
     os.environ.update(environment)
     attempt = environment.setdefault(contract.ATTEMPT, f"by-hand-{int(time.time())}")
     if place.is_first:
@@ -113,6 +121,8 @@ def _open_folder(
     if not folder.is_run():
         make_folder(folder, request)
         return
+    # Where the machine that submits does not see the folder, nobody has compared them yet.
+    require_same_recipe(folder, load_recipe(request.recipe))
     recipe = load_recipe(folder.recipe, overrides)
     if not is_usable(folder):
         # Another cache than where the run was made ready: the rows must come out the same.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accrete.launch.api import RESUMABLE
-from accrete.launch.cluster.settings import CACHES, HUB_PARTS, ClusterConfig, time_in_seconds
+from accrete.launch.cluster.caches import look_into, require_weights, with_own_caches
+from accrete.launch.cluster.settings import ClusterConfig, time_in_seconds
 from accrete.pipeline.errors import ConfigError, RunFolderError
 from accrete.pipeline.run_dir import RunDir, read_json, write_json, write_text
 
@@ -29,6 +29,10 @@ NODE_MODULE = "accrete.launch.cluster.node"
 VERDICT_MODULE = "accrete.launch.cluster.verdict"
 
 
+class OtherRunError(ConfigError):
+    """The folder holds a run of another recipe."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Branch:
     """The run begins where another one stands after a finished stage."""
@@ -37,6 +41,13 @@ class Branch:
     """Run folder of the other."""
     stage: int
     """Last stage that is shared, from 0."""
+
+
+def scheduler_name(folder: Path) -> str:
+    """A folder's name for schedulers: lower case letters, digits and hyphens, at most 40."""
+    text = f"accrete-{folder.name}".lower()
+    safe = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
+    return safe[:40].strip("-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +95,8 @@ class LaunchRequest:
 
     @property
     def job_name(self) -> str:
-        """A name for schedulers: lower case letters, digits and hyphens, at most 40 of them."""
-        text = f"accrete-{self.run_dir.name}".lower()
-        safe = "".join(c if c.isascii() and c.isalnum() else "-" for c in text)
-        return safe[:40].strip("-")
+        """The run's name for schedulers."""
+        return scheduler_name(self.run_dir)
 
     @property
     def python(self) -> str:
@@ -208,42 +217,6 @@ def make_request(
     )
 
 
-def with_own_caches(cluster: ClusterConfig) -> ClusterConfig:
-    """The settings with the caches of this machine's environment where they name none.
-
-    ssh takes no variables along, and Slurm only as long as no option forbids it. What a line of
-    `env` or `setup` says for the nodes holds.
-    """
-    said = "\n".join([*cluster.env, *cluster.setup])
-    here = _own_caches(said)
-    storage: dict[str, Any] = {
-        name: here[variable]
-        for name, variable in CACHES.items()
-        if variable in here and getattr(cluster.storage, name) is None and variable not in said
-    }
-    parts = {}
-    if cluster.storage.hf_home is None and "HF_HOME" not in said:
-        # Nodes that ask the hub keep the rows on a disk of their own.
-        wanted = HUB_PARTS if cluster.storage.offline else HUB_PARTS[:1]
-        parts = {name: here[name] for name in wanted if name in here and name not in said}
-    return dataclasses.replace(
-        cluster,
-        storage=dataclasses.replace(cluster.storage, **storage),
-        env={**cluster.env, **parts},
-    )
-
-
-def _own_caches(said: str) -> dict[str, str]:
-    """The caches that this machine's environment names, as absolute folders."""
-    named = {name: os.environ.get(name) for name in (*CACHES.values(), *HUB_PARTS)}
-    home = os.environ.get("XDG_CACHE_HOME")
-    if home and not named["HF_HOME"] and "XDG_CACHE_HOME" not in said:
-        named["HF_HOME"] = os.path.join(home, "huggingface")
-    return {
-        name: str(Path(folder).expanduser().absolute()) for name, folder in named.items() if folder
-    }
-
-
 def engine_overrides(cluster: ClusterConfig) -> list[str]:
     """What the cluster says about the recipe's `engine`; overrides of the user come later."""
     found = [f"engine.procs={cluster.procs_per_node}"]
@@ -284,19 +257,28 @@ def require_launchable(request: LaunchRequest) -> None:
 
     Raises:
         RunFolderError: It holds something else.
-        ConfigError: It holds a run of another recipe.
+        OtherRunError: It holds a run of another recipe.
     """
     folder = request.folder
     if not folder.is_run():
         folder.check_free()
         return
+    require_same_recipe(folder, request.recipe)
+
+
+def require_same_recipe(folder: RunDir, recipe: LoadedRecipe) -> None:
+    """Make sure that the run in a folder is the one that is asked for.
+
+    Raises:
+        OtherRunError: It is a run of another recipe.
+    """
     from accrete.pipeline.config.load import load_recipe
 
-    before, now = load_recipe(folder.recipe).resolved(), request.recipe.resolved()
+    before, now = load_recipe(folder.recipe).resolved(), recipe.resolved()
     skipped = {*RESUMABLE, "name", "description"}
     changed = [key for key in now if key not in skipped and plain(before[key]) != plain(now[key])]
     if changed:
-        raise ConfigError(
+        raise OtherRunError(
             f"{folder.path}: this folder holds a run of {before['name']} with other settings of "
             f"{', '.join(changed)}. Give another --run-dir, or the settings of that run "
             f"({folder.recipe})."
@@ -329,9 +311,9 @@ def prepare_run(request: LaunchRequest, say: Callable[[str], None]) -> bool:
     folder = request.folder
     if folder.is_run():
         return False
-    if request.cluster.storage.cache is not None:
-        os.environ["ACCRETE_CACHE"] = request.cluster.storage.cache
+    look_into(request.cluster)
     prepared = prepare(request.recipe.config, say, elsewhere=True)
+    require_weights(request.cluster, request.recipe.config.model)
     if request.branch is not None:
         return False  # the stages to start from may not be there yet: the first node copies them
     folder.create()

@@ -53,8 +53,8 @@ class StorageConfig:
     the submitting machine, where that prepares the run; null: as on the submitting machine (on
     Kubernetes a folder of the claim)."""
     local: str | None = None
-    """A folder on each node's own disk for compiled kernels and temporary files; null: the node's
-    `$TMPDIR`, or /tmp."""
+    """A folder on each node's own disk for compiled kernels and temporary files, `~` and `$NAME` as
+    the node has them; null: the node's `$TMPDIR`, or /tmp."""
     hf_home: str | None = None
     """Hugging Face cache (`HF_HOME`), filled beforehand; null: as on the submitting machine (on
     Kubernetes a folder of the claim)."""
@@ -132,7 +132,7 @@ class K8sConfig:
     pods, and those that left in good order, do not count."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Labels that a node must have."""
-    tolerations: list[dict[str, str]] = field(default_factory=list)
+    tolerations: list[dict[str, str | int]] = field(default_factory=list)
     """Taints that the pods bear, in Kubernetes' words."""
     resources: dict[str, str] = field(default_factory=dict)
     """Further resources of a pod, such as `rdma/hca: "1"`."""
@@ -168,7 +168,7 @@ class ClusterConfig:
     """Where model and rows are made ready: on the submitting machine, before anything is queued,
     or on the first node."""
     python: str | None = None
-    """Interpreter on the nodes; null: the path of the one that submits."""
+    """Interpreter on the nodes; null: the path of the one that submits (`python` in pods)."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the start on each node, such as `module load cuda`. Slurm's script, which
     decides what follows, runs them as well: twice on the first node."""

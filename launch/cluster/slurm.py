@@ -187,8 +187,16 @@ def sbatch_options(request: LaunchRequest, output: Path) -> list[str]:
 
 
 def _escape(path: Path) -> str:
-    """A path behind `#SBATCH`, where Slurm wants quotes around blanks."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    """A path behind `#SBATCH`: quoted unless it is plain, for there a `#` begins a comment.
+
+    Args:
+        path: A file; in its name Slurm's `%j` and the like stand, in its folder `%` is itself.
+    """
+    folder = str(path.parent).replace("%", "%%")
+    text = f"{folder}/{path.name}"
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _gpus(request: LaunchRequest) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accrete.launch.cluster import attempts, slurm
 from accrete.launch.cluster.rendering import render_template
-from accrete.launch.cluster.request import LaunchRequest
+from accrete.launch.cluster.request import LaunchRequest, scheduler_name
 
 ARRAY_SCRIPT = "sweep.sbatch"
 SUBMIT_SCRIPT = "submit.sh"
@@ -32,7 +32,7 @@ def render(requests: Sequence[LaunchRequest], folder: Path) -> dict[str, str]:
         ARRAY_SCRIPT: render_template(
             ARRAY_SCRIPT,
             runs=[str(request.run_dir) for request in roots],
-            options=[f"--job-name=accrete-{folder.name}", array, *named],
+            options=[f"--job-name={scheduler_name(folder)}", array, *named],
             submit=launch / SUBMIT_SCRIPT,
         ),
         SUBMIT_SCRIPT: render_template(

@@ -298,8 +298,9 @@ def _sweep(
                 request, lambda line: typer.echo(line, err=True)
             ):
                 made.append(request)
-            attempts.note_submitted(request.folder)
         write()
+        for request in requests:
+            attempts.note_submitted(request.folder)
         slurm_sweep.start(requests, folder)
     except InputError:
         for request in made:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accrete.launch.cluster.contract import Place, node_environment, node_local_folders
+from accrete.launch.cluster.contract import Place, make_local_folders, node_environment
 from accrete.launch.cluster.network import find_interface
 from accrete.launch.cluster.settings import ClusterConfig
 from accrete.launch.doctor import judge, versions
@@ -128,8 +128,7 @@ def _take_stand(question: Question) -> _Stand:
     if interface is None and given.nodes > 1:
         interface = find_interface(given.master_addr)
     environment = node_environment(given, question.cluster, interface, environment)
-    for name in node_local_folders(question.cluster, os.environ):
-        Path(environment[name]).mkdir(parents=True, exist_ok=True)
+    make_local_folders(question.cluster, environment, os.environ)
     return _Stand(place=given, device=chosen.device, environment=environment, checks=chosen.checks)
 
 

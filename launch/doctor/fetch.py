@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accrete.launch.doctor import model_files
-from accrete.launch.doctor.offline import SWITCHES, go_offline
+from accrete.launch.doctor.offline import SWITCHES, go_offline, switched_on
 from accrete.pipeline.errors import AccreteError, DataError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fetch(recipe: LoadedRecipe, words: str, say: Say) -> None:
 
 
 def _require_network() -> None:
-    switched = [name for name in SWITCHES if os.environ.get(name, "0").lower() not in ("0", "")]
+    switched = switched_on()
     if switched:
         raise InputError(
             f"{', '.join(switched)} is set, and so nothing can be downloaded. Unset it for this "

@@ -24,15 +24,20 @@ SHOWN = 8
 """Names listed in one line."""
 
 
+def switched_on() -> list[str]:
+    """The switches that are on in this process's environment, by what the libraries take for it."""
+    return [
+        name for name in SWITCHES if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+    ]
+
+
 def go_offline() -> bool:
     """Keep the Hugging Face libraries, which are imported later, from asking the network.
 
     Returns:
         Whether the user had already done so.
     """
-    before = any(
-        os.environ.get(name, "0").lower() in ("1", "true", "yes", "on") for name in SWITCHES
-    )
+    before = bool(switched_on())
     os.environ.update(dict.fromkeys(SWITCHES, "1"))
     # It would say for every task that it takes rows from its cache.
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

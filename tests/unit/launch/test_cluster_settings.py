@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from accrete.launch import prepare
 from accrete.launch.cluster import slurm
-from accrete.launch.cluster.request import engine_overrides, make_request, with_own_caches
+from accrete.launch.cluster.caches import look_into, require_weights, with_own_caches
+from accrete.launch.cluster.request import engine_overrides, make_request, prepare_run
 from accrete.launch.cluster.settings import (
     ClusterConfig,
     StorageConfig,
@@ -16,7 +20,8 @@ from accrete.launch.cluster.settings import (
     nodes_in_file,
     time_in_seconds,
 )
-from accrete.pipeline.errors import ConfigError
+from accrete.pipeline.errors import ConfigError, ModelError
+from accrete.pipeline.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -144,6 +149,64 @@ def test_nodes_get_the_parts_of_the_hub_cache_that_were_moved(
     assert environment(storage=StorageConfig(hf_home="/b")) == {}
     assert environment(setup=["export HF_HOME=/d"]) == {}
     assert environment(env={"HF_HUB_CACHE": "/c"}) == {**both, "HF_HUB_CACHE": "/c"}
+
+
+def test_the_old_name_of_the_hub_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub reads it where HF_HUB_CACHE is not set."""
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", "/scratch/old")
+
+    def environment(**settings: Any) -> dict[str, str]:
+        return with_own_caches(ClusterConfig(**settings)).env
+
+    assert environment() == {"HF_HUB_CACHE": "/scratch/old"}
+    assert environment(setup=["export HUGGINGFACE_HUB_CACHE=/d"]) == {}
+    monkeypatch.setenv("HF_HUB_CACHE", "/scratch/new")
+    assert environment() == {"HF_HUB_CACHE": "/scratch/new"}
+
+
+def test_the_submitting_machine_looks_into_the_cache_of_the_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"HF_HOME": "/mine"})
+    look_into(ClusterConfig(storage=StorageConfig(hf_home=str(tmp_path / "on nodes alone"))))
+    assert os.environ == {"HF_HOME": "/mine"}
+    look_into(ClusterConfig(storage=StorageConfig(cache="/shared", hf_home=str(tmp_path))))
+    assert os.environ == {"ACCRETE_CACHE": "/shared", "HF_HOME": str(tmp_path)}
+
+
+def test_weights_that_offline_nodes_would_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows need a model's configuration and tokenizer alone, so nothing else has looked."""
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--someone--mini" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    model = ModelConfig(path="someone/mini")
+    with pytest.raises(ModelError, match=r"lacks model\.safetensors .*`accrete fetch`"):
+        require_weights(ClusterConfig(), model)
+    with pytest.raises(ModelError, match="lacks this model"):
+        require_weights(ClusterConfig(), ModelConfig(path="someone/other"))
+    words = ["model.builder=null", "model.path=someone/mini"]
+    request = make_request("quickstart", words, tmp_path / "run", ClusterConfig(), own_caches=False)
+    monkeypatch.setattr(prepare, "prepare", lambda *arguments, **options: None)
+    with pytest.raises(ModelError, match="someone/mini: nodes do not ask the hub"):
+        prepare_run(request, print)
+    assert not request.run_dir.exists()
+    # Nodes that ask the hub, or look somewhere else.
+    require_weights(ClusterConfig(storage=StorageConfig(offline=False)), model)
+    require_weights(ClusterConfig(storage=StorageConfig(hf_home="/nodes")), model)
+    require_weights(ClusterConfig(setup=["export HF_HOME=/nodes"]), model)
+    require_weights(ClusterConfig(), ModelConfig(builder="tiny_llama"))
+    with pytest.raises(ModelError):
+        require_weights(ClusterConfig(storage=StorageConfig(hf_home=str(tmp_path))), model)
+    (snapshot / "model.safetensors").touch()
+    require_weights(ClusterConfig(), model)
 
 
 def test_one_process_cannot_be_many(tmp_path: Path) -> None:

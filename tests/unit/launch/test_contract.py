@@ -242,6 +242,41 @@ def test_the_first_node_makes_a_folder_that_has_logs_already(
     assert (prepared.logs / "node-0.log").is_file()
 
 
+def test_a_folder_of_another_run_stays_with_its_owner(
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of one name from two machines meet on a claim, which neither of these sees."""
+    other = make_request("quickstart", ["seed=7"], prepared.path, ClusterConfig(device="cpu"))
+    other.recipe.dump_yaml(prepared.recipe)
+    prepared.run.write_text("{}")
+    prepared.owner.write_text("somebody")
+    place = Place(nodes=1, node_rank=0, procs_per_node=1, master_addr="localhost", master_port=2001)
+    monkeypatch.setattr(os, "environ", {**os.environ, **place.to_environment()})
+    monkeypatch.setattr(sys, "argv", ["node", "--run-dir", str(prepared.path)])
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: pytest.fail("became torchrun"))
+    with pytest.raises(SystemExit) as ended:
+        node.main()
+    assert ended.value.code == node.NOT_OURS
+    assert prepared.owner.read_text() == "somebody"
+    assert not prepared.logs.exists()
+
+
+def test_a_node_that_cannot_make_its_own_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cluster = ClusterConfig(storage=StorageConfig(local=str(tmp_path / "file")))
+    environment = node_environment(PLACE, cluster, None, {})
+    with pytest.raises(
+        ConfigError, match=r"cannot be made on .* \(Not a directory\).*storage.local"
+    ):
+        contract.make_local_folders(cluster, environment, {})
+
+
+def test_a_nodes_own_disk_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/7")
+    cluster = ClusterConfig(storage=StorageConfig(local="$SCRATCH/mine"))
+    assert node_environment(PLACE, cluster, None, {})["TMPDIR"].startswith("/scratch/7/mine/")
+
+
 def test_a_folder_with_anything_else_is_not_free(prepared: RunDir) -> None:
     (prepared.path / "run.json").touch()
     with pytest.raises(RunFolderError, match="not empty and is not a run"):

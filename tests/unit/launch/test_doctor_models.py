@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from accrete.launch.doctor.fetch import _require_network
 from accrete.launch.doctor.model_files import hub_id, missing_files, wanted_patterns
+from accrete.launch.doctor.offline import SWITCHES
 from accrete.launch.doctor.space import FLOOR, bytes_needed
 from accrete.pipeline.config.load import load_recipe
+from accrete.pipeline.errors import InputError
 
 
 def test_a_whole_model_and_what_it_may_lack(tmp_path: Path) -> None:
@@ -51,6 +56,18 @@ def test_hub_ids(tmp_path: Path) -> None:
     assert hub_id("google-t5/t5-large", tmp_path) == "google-t5/t5-large"
     for folder in (str(tmp_path), "./here", "~/there"):
         assert hub_id(folder, tmp_path) is None
+
+
+@pytest.mark.parametrize(("value", "refused"), [("1", True), ("TRUE", True), ("false", False)])
+def test_who_is_offline_cannot_fetch(
+    monkeypatch: pytest.MonkeyPatch, value: str, refused: bool
+) -> None:
+    """As the libraries themselves read it."""
+    for name in SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set") if refused else nullcontext():
+        _require_network()
 
 
 def test_space_grows_with_what_is_written(tmp_path: Path) -> None:

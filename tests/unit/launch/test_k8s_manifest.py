@@ -37,7 +37,7 @@ FULL = replace(
         cpu="96",
         memory="1800Gi",
         node_selector={"gpu.type": "h100", "zone": "true"},
-        tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        tolerations=[{"key": "gpu", "effect": "NoExecute", "value": "7", "tolerationSeconds": 60}],
         resources={"rdma/hca": "1"},
         labels={"kueue.x-k8s.io/queue-name": "team"},
         priority_class="low",
@@ -95,7 +95,11 @@ def test_the_pods_find_each_other() -> None:
     # A pod's name is a DNS label, whatever the run folder is called.
     assert name.startswith("accrete-my-run-")
     assert len(f"{name}-999") <= 63
-    assert manifest(SMALL, "/other/My run")["Job"]["metadata"]["name"] != name
+    # One Job for each folder of the claim: two would take the run from each other.
+    assert manifest(SMALL, "/other/My run")["Job"]["metadata"]["name"] == name
+    assert manifest(SMALL, "/other/my run")["Job"]["metadata"]["name"] != name
+    other = replace(SMALL, k8s=replace(SMALL.k8s, claim="other"))
+    assert manifest(other)["Job"]["metadata"]["name"] != name
 
 
 def test_failures_and_evictions() -> None:
@@ -154,6 +158,57 @@ def test_the_request_travels_in_the_config_map(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(folder / "node.sh")], check=True)
     assert "export NCCL_IB_HCA='mlx5'" in files["node.sh"]
     assert "--request /run/accrete --wait 7200 &" in files["node.sh"]
+
+
+def run_pod(tmp_path: Path, index: int, **settings: Any) -> tuple[int, str]:
+    """What a pod of two does where all names are known; its status and what it prints."""
+    cluster = replace(SMALL, prepare="node", k8s=replace(SMALL.k8s, mount=str(tmp_path)))
+    text = k8s.render(request_for(replace(cluster, **settings)))["k8s.yaml"]
+    script = next(iter(YAML(typ="safe").load_all(text)))["data"]["node.sh"]
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "getent").write_text("#!/bin/bash\n")
+    (tools / "getent").chmod(0o755)
+    done = subprocess.run(
+        ["bash"],
+        input=script,
+        env={
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "NNODES": "2",
+            "JOB_COMPLETION_INDEX": str(index),
+            "ACCRETE_ATTEMPT": "uid",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_image_without_python_fails_the_job(tmp_path: Path, index: int) -> None:
+    """Any other status than 1 has the Job replace the pods, which wait for each other on GPUs."""
+    status, said = run_pod(tmp_path, index, python="python9")
+    assert status == 1
+    assert "there is no python9 in this image; set `python:`" in said
+
+
+@pytest.mark.parametrize(("index", "code", "ends"), [(0, 3, 1), (1, 3, 1), (0, 2, 75), (1, 2, 1)])
+def test_a_folder_of_another_run_is_not_judged(
+    tmp_path: Path, index: int, code: int, ends: int
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\ncase "$*" in *verdict*) exit 75;; *) exit {code};; esac\n')
+    python.chmod(0o755)
+    assert run_pod(tmp_path, index, python=str(python))[0] == ends
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    """The claim may hold a run of the same name that somebody else has launched."""
+    (tmp_path / "runs" / "My run" / "launch").mkdir(parents=True)
+    (tmp_path / "runs" / "My run" / "launch" / "finished.json").touch()
+    status, said = run_pod(tmp_path, 0, python="python9")
+    assert (status, "My run: this run is finished" in said) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +289,7 @@ def test_a_failed_job_is_replaced_a_running_one_and_a_finished_one_are_left_alon
     assert verbs == ["get", "delete", "apply"]
     (kubectl / "calls").unlink()
     (kubectl / "job.json").write_text('{"status": {"active": 2}}')
-    with pytest.raises(k8s.KubernetesError, match="at work already"):
+    with pytest.raises(k8s.KubernetesError, match=r"at work already.*--namespace=research"):
         k8s.start(request)
     (kubectl / "job.json").write_text(condition("Complete"))
     assert k8s.start(request) == 0

@@ -12,8 +12,9 @@ from slurm_case import CLUSTER, PaperSlurm, check_shell
 
 from accrete.launch.cli import main
 from accrete.launch.cluster import attempts, slurm_sweep
+from accrete.launch.cluster.request import LaunchRequest
 from accrete.launch.cluster.sweep import make_requests, parse_axes, point_name, shared_tasks
-from accrete.pipeline.errors import ConfigError
+from accrete.pipeline.errors import ConfigError, DataError
 from accrete.pipeline.run_dir import RunDir
 
 
@@ -79,16 +80,25 @@ def test_a_shorter_sequence_is_another_run() -> None:
     assert shared_tasks(one, {**one, "tasks": [{"name": "a"}, {"name": "c"}]}) == 1
 
 
-def test_a_sweep_is_submitted_as_an_array_and_a_chain(paper: PaperSlurm, tmp_path: Path) -> None:
+ODD = "my $odd `sweep`'s"
+"""A folder's name that a shell and Slurm read otherwise, unless it is quoted."""
+
+
+@pytest.mark.parametrize("name", ["sweep", ODD])
+def test_a_sweep_is_submitted_as_an_array_and_a_chain(
+    paper: PaperSlurm, tmp_path: Path, name: str
+) -> None:
     first, second, third = recipes(tmp_path)
     axes = parse_axes([f"recipe={first},{second},{third}"])
-    folder = tmp_path / "sweep"
+    folder = tmp_path / name
     requests = make_requests("quickstart", [], axes, folder, CLUSTER)
     rendered = slurm_sweep.render(requests, folder)
     for script in rendered.values():
         check_shell(script)
     assert "#SBATCH --array=0-1%3" in rendered["sweep.sbatch"]
     assert "#SBATCH --time=12:00:00" in rendered["sweep.sbatch"]
+    job = "accrete-sweep" if name == "sweep" else "accrete-my--odd--sweep--s"
+    assert f"#SBATCH --job-name={job}\n" in rendered["sweep.sbatch"]
     paper.write("sbatch", f"echo $((40 + $(grep -c sbatch {paper.log})))';cluster'")
     done = subprocess.run(
         ["bash"],
@@ -105,11 +115,12 @@ def test_a_sweep_is_submitted_as_an_array_and_a_chain(paper: PaperSlurm, tmp_pat
     assert "--dependency=afterok:41_0" in paper.calls()[1]
 
 
-def test_an_element_of_the_array_is_the_run_of_its_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sweep", ODD])
+def test_an_element_of_the_array_is_the_run_of_its_number(tmp_path: Path, name: str) -> None:
     first, _, third = recipes(tmp_path)
     axes = parse_axes([f"recipe={first},{third}"])
-    requests = make_requests("quickstart", [], axes, tmp_path / "sweep", CLUSTER)
-    script = slurm_sweep.render(requests, tmp_path / "sweep")["sweep.sbatch"]
+    requests = make_requests("quickstart", [], axes, tmp_path / name, CLUSTER)
+    script = slurm_sweep.render(requests, tmp_path / name)["sweep.sbatch"]
     for number, request in enumerate(requests):
         request.launch_dir.mkdir(parents=True)
         (request.launch_dir / "job.sbatch").write_text(f"echo run {number}\n")
@@ -186,6 +197,24 @@ def test_the_files_of_a_run_that_is_queued_stay_as_they_are(
     assert status == 2
     assert "job 5 of this run is running" in complaint
     assert read_folder(run) == before
+
+
+def test_a_sweep_with_a_wrong_run_leaves_nothing(
+    launch, paper: PaperSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor of those before it that are made ready on a node, as branches are."""
+    monkeypatch.setenv("PATH", paper.environment()["PATH"])
+
+    def prepare(request: LaunchRequest, say: object) -> bool:
+        if request.recipe.config.seed == 1:
+            raise DataError("its rows are wrong")
+        return False
+
+    monkeypatch.setattr("accrete.launch.cluster.request.prepare_run", prepare)
+    options = ("--sweep", "seed=0,1", "--run-dir", tmp_path / "runs")
+    status, _, complaint = launch("quickstart", *options)
+    assert (status, "its rows are wrong" in complaint) == (2, True)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "hosts"])

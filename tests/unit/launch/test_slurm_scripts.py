@@ -49,6 +49,23 @@ def test_the_script_says_what_the_cluster_says() -> None:
     assert "$" not in "".join(options)  # Slurm expands nothing there
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("/shared/runs/one", "/shared/runs/one/launch/slurm-%j.out"),
+        ("/shared/my runs", '"/shared/my runs/launch/slurm-%j.out"'),
+        ("/shared/run#2", '"/shared/run#2/launch/slurm-%j.out"'),  # else a comment begins
+        ("/shared/it's", '"/shared/it\'s/launch/slurm-%j.out"'),  # else sbatch misses its end
+        ('/shared/a"b', '"/shared/a\\"b/launch/slurm-%j.out"'),
+        ("/shared/50%j", "/shared/50%%j/launch/slurm-%j.out"),
+    ],
+)
+def test_the_output_goes_into_the_run_folder(folder: str, said: str) -> None:
+    """sbatch was asked with -vv what it makes of these quotes; `%%` is from its manual."""
+    request = make_request("quickstart", [], Path(folder), ClusterConfig(device="cpu"))
+    assert f"#SBATCH --output={said}\n" in slurm.render(request)["job.sbatch"]
+
+
 def test_without_gpus_none_are_asked_for() -> None:
     cluster = ClusterConfig(device="cpu")
     request = make_request("quickstart", [], Path("/shared/runs/one"), cluster)

@@ -37,6 +37,8 @@ def test_progress_is_ordered(folder: RunDir) -> None:
     for name in ("stage-0-step-9", "stage-0-step-10", "stage-0", "stage-1-step-2", "stage-10"):
         save(folder, name)
         seen.append(attempts.read_progress(folder))
+    save(folder, "stage-12.bad")  # put aside by somebody
+    assert attempts.read_progress(folder) == seen[-1]
     part = folder.partial / "10" / "0.json"
     part.parent.mkdir(parents=True)
     write_json(part, [])
@@ -135,6 +137,15 @@ def test_an_error_of_its_own_that_speaks_of_the_network(
     verdict = judge(folder, "a.0", retries=2)
     assert verdict.outcome is FAILED
     assert verdict.reason == f"rank 0 failed: {kind}: {message}"
+
+
+def test_a_line_that_was_cut_off_does_not_take_the_next_one_along(folder: RunDir) -> None:
+    attempts.note_submitted(folder)
+    path = folder.launch / attempts.ATTEMPTS_FILE
+    path.write_text(path.read_text() + '{"time": 1, "eve')
+    attempts.begin_attempt(folder, "job.1", {})
+    assert attempts.begun(folder, "job.1") is not None
+    assert [line["event"] for line in attempts.read_attempts(folder)] == ["submitted", "begun"]
 
 
 def test_an_attempt_that_never_began(folder: RunDir) -> None:
