@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def build(
     from accrete.pipeline.data.prepare import TaskHandle
     from accrete.pipeline.data.store import open_train
     from accrete.pipeline.methods.registry import method_class
-    from accrete.pipeline.models.full import FullModel, trained_precision
+    from accrete.pipeline.models.full import FullModel, kept_precision
     from accrete.pipeline.models.load import base_dtype, load_base, read_facts, unknown_inputs
     from accrete.pipeline.models.lora import AdaptedModel
     from accrete.pipeline.models.past import Past, choose_mode
@@ -95,12 +96,12 @@ def build(
     facts = read_facts(model_path, tokenizer, config.model.revision)
     collator = Collator(facts.seq2seq, facts.pad_id, facts.decoder_start_id, facts.eos_id)
     method = method_class(config.method.kind)(config.method)
-    model = trained_precision(config.model, type(method))
+    model = kept_precision(config.model, type(method))
     origin = began_on(run, ranks.device)
     base = load_base(model_path, model, origin)
     facts = replace(facts, unknown_inputs=unknown_inputs(base))
     adapted = (
-        FullModel(base, method.weights)
+        FullModel(base, method.weights, base_dtype(config.model, origin), ranks.device.type)
         if method.trains == "weights"
         else AdaptedModel(base, config.adapter, method.layer_scales, hub_revision(config))
     )
@@ -263,7 +264,10 @@ def write_results(run: RunDir, scores: Scores) -> dict[str, Any]:
     )
     content = matrix.to_json()
     write_json(run.matrix, content)
-    write_report(run.path)
+    try:
+        write_report(run.path)
+    except Exception as error:  # it is a view, which `accrete report` can make again
+        print(f"warning: {run.report} could not be written: {error!r}", file=sys.stderr)
     return content
 
 

@@ -20,6 +20,7 @@ from typing import IO
 
 from accrete.launch.cluster.contract import usable_cores
 from accrete.launch.failures import Failure, LaunchError, explain, read_failure
+from accrete.pipeline.interruption import SIGNALS
 from accrete.pipeline.run_dir import RunDir
 
 PARENT_VARIABLE = "ACCRETE_LAUNCHER_PID"
@@ -35,7 +36,7 @@ class Patience:
     after_signal: float = 15.0
     """Between asking a worker to end and killing it."""
     after_stop: float = 900.0
-    """The same after SIGTERM, upon which the run saves after the step it is in."""
+    """The same after a signal upon which the run saves after the step it is in."""
 
 
 def worker_environment(procs: int, device: str, base: Mapping[str, str]) -> dict[str, str]:
@@ -85,7 +86,8 @@ def launch_local(
     """Run `command arguments` as `procs` processes and wait until all have succeeded.
 
     Rank 0 keeps the terminal (its stderr is also copied to its log); the others write to
-    `logs/rank-<r>.log`. SIGINT and SIGTERM are passed on. The workers die with this process.
+    `logs/rank-<r>.log`. SIGINT, SIGTERM and SIGUSR1 are passed on. The workers die with this
+    process.
 
     Args:
         run_dir: Folder for logs and error files.
@@ -199,7 +201,7 @@ class _Workers:
         """Go on to the next, less patient phase when it is time."""
         now = time.monotonic()
         if self.signal is not None and self._phase < _Phase.ASKED:
-            saves = self.signal is signal.SIGTERM
+            saves = self.signal in SIGNALS
             patience = self._patience.after_stop if saves else self._patience.after_signal
             self._phase, self._deadline = _Phase.ASKED, now + patience
         elif failed and self._phase is _Phase.RUNNING:
@@ -213,11 +215,11 @@ class _Workers:
 
     @contextmanager
     def forward_signals(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the workers; a second one kills them."""
+        """Pass signals on to the workers; a second one kills them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        kinds = (signal.SIGINT, signal.SIGTERM)
+        kinds = (signal.SIGINT, *SIGNALS)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in kinds}
         try:
             yield

@@ -11,7 +11,9 @@ import faulthandler
 import os
 import signal
 import sys
+import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from accrete.launch.cluster.attempts import TOKEN_VARIABLE, mark_interrupted
@@ -51,27 +53,39 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="a.b=v", help="changes of a resumed run")
     arguments = parser.parse_args()
-    folder, rank = RunDir(arguments.run_dir), int(os.environ.get("RANK", "0"))
+    try:
+        status = _work(RunDir(arguments.run_dir), tuple(arguments.overrides), stop)
+    except BaseException:
+        # Not even word of a failure could be left, as on a full disk.
+        with suppress(OSError):
+            traceback.print_exc()
+        status = 1
+    _leave(status)
+
+
+def _work(folder: RunDir, overrides: tuple[str, ...], stop: StopSignal) -> int:
+    """Run this rank and leave word of a failure; returns the exit status."""
+    rank = int(os.environ.get("RANK", "0"))
     token = None
     try:
         token = join_launch(folder, rank) or os.environ.get(TOKEN_VARIABLE)
         from accrete.launch.execute import execute
 
-        execute(arguments.run_dir, tuple(arguments.overrides), stop, token if rank == 0 else None)
+        execute(folder.path, overrides, stop, token if rank == 0 else None)
     except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except FencedError as error:
         # The folder belongs to somebody else: this line of a log is all that is left there.
         with folder.rank_log(rank).open("a", encoding="utf-8") as log:
             log.write(f"error: {error}\n")
-        _leave(error.exit_code)
+        return error.exit_code
     except BaseException as error:
         # A library may have made something else of the exception that the signal raised.
         cause = InterruptionError(stop.reason) if stop.leaving else error
         if isinstance(cause, InterruptionError) and token is not None:
             mark_interrupted(folder, token, str(cause))
-        _leave(report_failure(folder, rank, cause))
-    _leave(0)
+        return report_failure(folder, rank, cause)
+    return 0
 
 
 def _leave(status: int) -> None:
@@ -79,7 +93,8 @@ def _leave(status: int) -> None:
     libraries' threads have been seen to abort in it, after a run was finished.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):  # nobody reads it any more, or its disk is full
+            stream.flush()
     os._exit(status)
 
 

@@ -8,12 +8,14 @@ import numbers
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from accrete.pipeline.errors import RunFolderError
+from accrete.pipeline.interruption import InterruptionError
 
 if TYPE_CHECKING:
     from accrete.pipeline.fence import Fence
@@ -38,9 +40,9 @@ class Event(StrEnum):
     CONSOLIDATED = "consolidated"
     """stage, task, seconds, train_seconds, state_bytes, and what the method measured."""
     SCORED = "scored"
-    """stage, task, score (percent), rows, seconds, moment: `untrained` (stage -1) or `after`; where
-    all answers were decoded, outside (percent that is none of the task's labels). After stage t the
-    tasks 0..t are scored, and t + 1 as well where forward transfer is wanted."""
+    """stage, task, score (percent), rows, seconds, moment: `untrained` (stage -1), `before` or
+    `after`; where all answers were decoded, outside (percent that is none of the task's labels).
+    After stage t the tasks 0..t are scored, and t + 1 as well where forward transfer is wanted."""
     STAGE_FINISHED = "stage_finished"
     """stage, task, row (the new row of the matrix), score_seconds."""
     RESUMED = "resumed"
@@ -182,7 +184,9 @@ class Recorder:
         """Close the file and the sinks."""
         self._report_replay()
         for sink in self._sinks:
-            sink.close()
+            # How the run ended does not depend on who watched it.
+            with suppress(Exception, SystemExit):
+                sink.close()
         self._sinks.clear()
         if self._file is not None:
             self._file.close()
@@ -209,8 +213,11 @@ class Recorder:
         for sink in tuple(self._sinks):
             try:
                 sink.write(record)
-            except Exception as error:
-                # A closed terminal or a full disk under a view must not end hours of training.
+            except InterruptionError:
+                raise
+            except (Exception, SystemExit) as error:
+                # A closed terminal or a full disk under a view must not end hours of training; rich
+                # asks for the process's end where its output goes to a pipe that nobody reads.
                 self._sinks.remove(sink)
                 self.emit(
                     Event.WARNING,

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +102,20 @@ class Scorebook:
             shutil.rmtree(self._partial(stage), ignore_errors=True)
 
     def score_untrained(self) -> None:
-        """Scores of the model as it came, for forward transfer."""
-        self.scores.untrained = [None] * len(self.parts.tasks)
-        if self.config.eval.forward_transfer and len(self.parts.tasks) > 1:
-            # Task 0 has no forward transfer; its untrained score is not needed.
-            found = self._evaluate(list(range(1, len(self.parts.tasks))), -1)
-            for index, score in found.items():
-                self.scores.untrained[index] = score.score
-        if self.chief:
-            write_json(self.parts.run.path / "untrained.json", {"scores": self.scores.untrained})
+        """Scores of the model as it came, for forward transfer.
+
+        A run that was cut off in its first task, before any checkpoint, has them already.
+        """
+        scores = self._view.gather(self._read_untrained())[0]
+        if not scores:
+            scores = [None] * len(self.parts.tasks)
+            if self.config.eval.forward_transfer and len(scores) > 1:
+                # Task 0 has no forward transfer; its untrained score is not needed.
+                for index, found in self._evaluate(list(range(1, len(scores))), -1).items():
+                    scores[index] = found.score
+            if self.chief:
+                write_json(self.parts.run.untrained, {"scores": scores})
+        self.scores.untrained = scores
         self.forget(-1)
 
     def score_stage(self, index: int) -> None:
@@ -159,17 +165,26 @@ class Scorebook:
             dist.barrier()
 
     def read(self, done: int) -> None:
-        """Scores that an earlier life of the run wrote."""
-        untrained = self.parts.run.path / "untrained.json"
-        self.scores.untrained = read_json(untrained)["scores"] if untrained.is_file() else []
-        for index in range(done):
-            path: Path = self.parts.run.stage(index).score
-            if not path.is_file():
-                break
-            content: dict[str, Any] = read_json(path)
+        """Scores that an earlier life of the run wrote. Collective: yes.
+
+        As the first rank finds them: where a file system shows a file to some ranks later, these
+        would score what the others do not.
+        """
+        found = None
+        if self.chief:
+            paths = (self.parts.run.stage(index).score for index in range(done))
+            rows = [read_json(path) for path in takewhile(Path.is_file, paths)]
+            found = (self._read_untrained(), rows)
+        self.scores.untrained, contents = self._view.gather(found)[0]
+        for index, content in enumerate(contents):
             self.scores.rows.append(content["row"])
             if index + 1 < len(self.parts.tasks):
                 self.scores.before[index + 1] = content["next"]
+
+    def _read_untrained(self) -> list[float | None]:
+        file = self.parts.run.untrained
+        scores: list[float | None] = read_json(file)["scores"] if file.is_file() else []
+        return scores
 
     def finish(self) -> dict[str, Any]:
         """The final matrix as JSON (rank 0)."""

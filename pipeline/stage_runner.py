@@ -62,6 +62,7 @@ class StageRunner:
         parts.method.bind(self.engine.rank, self.engine.world, self.engine.device)
         self._view = LiveModel(
             self.engine,
+            parts.adapted,
             parts.facts,
             synced=self.config.engine.kind == "deepspeed" and self.config.engine.zero_stage == 3,
         )
@@ -83,6 +84,8 @@ class StageRunner:
                 with self.parts.stop.deferred():
                     self._learn(index, here)
                     self._leave_if_asked()
+                if self.parts.stop.received is not None:  # since the ranks have told each other
+                    raise InterruptionError(self.parts.stop.reason)
             self.book.score_stage(index)
             position = None
         seconds = time.perf_counter() - began
@@ -254,6 +257,7 @@ class StageRunner:
             tensors["method"] = {name: value.cpu() for name, value in kept.items()}
         if self.chief:
             run = self.parts.run
+            self.parts.recorder.sync()
             path = checkpoint.save(
                 run.path,
                 position,
@@ -303,7 +307,8 @@ class StageRunner:
         if found is None:
             if problems:
                 raise CheckpointError(
-                    f"{run.checkpoints}: no sound checkpoint is left:\n  " + "\n  ".join(problems)
+                    f"{run.checkpoints}: no sound checkpoint is left. Restore one from a copy, or "
+                    "start a new run:\n  " + "\n  ".join(problems)
                 )
             return None
         position: Position = found.position

@@ -239,7 +239,7 @@ def test_an_old_error_file_is_not_taken_for_a_new_one(run: RunDir) -> None:
     assert not run.error_file(0).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_workers(run: RunDir, number: signal.Signals) -> None:
     launcher = start_launcher(
         run,
@@ -247,8 +247,8 @@ def test_signals_reach_the_workers(run: RunDir, number: signal.Signals) -> None:
 def note(number, frame):
     (run.path / f"signal-{rank}").write_text(str(number))
     sys.exit(0)
-signal.signal(signal.SIGINT, note)
-signal.signal(signal.SIGTERM, note)
+for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(kind, note)
 (run.path / f"ready-{rank}").touch()
 time.sleep(60)
 """,
@@ -262,21 +262,23 @@ time.sleep(60)
     assert [(run.path / f"signal-{rank}").read_text() for rank in (0, 1)] == [str(int(number))] * 2
 
 
-def test_a_save_after_sigterm_may_take_longer_than_an_end(run: RunDir) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_save_may_take_longer_than_an_end(run: RunDir, number: signal.Signals) -> None:
     script = """
 def save(number, frame):
     time.sleep(1.5)
     (run.path / f"saved-{rank}").touch()
     sys.exit(0)
-signal.signal(signal.SIGTERM, save)
+for kind in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(kind, save)
 (run.path / f"ready-{rank}").touch()
 time.sleep(60)
 """
     launcher = start_launcher(run, script, after_stop=20)
     wait_for(lambda: len(list(run.path.glob("ready-*"))) == 2)
-    launcher.terminate()
+    launcher.send_signal(number)
     launcher.communicate(timeout=20)
-    assert launcher.returncode == 128 + signal.SIGTERM
+    assert launcher.returncode == 128 + number
     assert len(list(run.path.glob("saved-*"))) == 2
 
 

@@ -111,6 +111,16 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     assert checkpoint.newest(tmp_path)[0].position == Position(stage=1)
 
 
+def test_a_checkpoint_that_somebody_put_aside_does_not_count(tmp_path):
+    for position in (Position(stage=0), Position(stage=1), Position(stage=2, step=4)):
+        folder = write(tmp_path, position)
+    folder.rename(folder.with_name("stage-2-step-4.bad"))
+    boundary = tmp_path / "checkpoints" / "stage-1"
+    boundary.rename(boundary.with_name("stage-1-old"))
+    assert checkpoint.positions(tmp_path) == [Position(stage=0)]
+    assert checkpoint.newest(tmp_path)[1] == []
+
+
 def test_pruning_keeps_the_newest_steps_and_all_boundaries(tmp_path):
     write(tmp_path, Position(stage=0))
     for step in (2, 4, 6, 8):

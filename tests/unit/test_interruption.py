@@ -130,6 +130,24 @@ def test_asked_while_the_stage_ends(stop, whole, tmp_path):
     assert weights(tmp_path) == whole
 
 
+def test_asked_when_the_ranks_have_just_told_each_other(stop, whole, tmp_path):
+    """Nobody looks again before the next task: noted alone, the signal would wait for its step."""
+    parts = parts_of(tmp_path, stop)
+    runner = StageRunner(parts)
+    ordinary = runner._leave_if_asked
+
+    def leave_if_asked():
+        ordinary()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    runner._leave_if_asked = leave_if_asked
+    with pytest.raises(InterruptionError, match="SIGTERM"), parts.recorder:
+        runner.run()
+    assert positions(parts.run.path)[-1].folder == "stage-0"
+    run(parts_of(tmp_path))
+    assert weights(tmp_path) == whole
+
+
 def test_asked_while_tasks_are_scored(stop, whole, tmp_path):
     """Nothing is lost there: the process leaves at once, and scores again."""
 

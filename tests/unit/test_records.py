@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from accrete.pipeline.errors import RunFolderError
+from accrete.pipeline.interruption import InterruptionError, StopSignal
 from accrete.pipeline.records import Event, Recorder, json_safe, read_events
 
 
@@ -163,3 +167,63 @@ def test_a_failing_sink_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
     assert [e["event"] for e in lines(path)] == ["a", "warning", "b"]
     assert sorted(e["event"] for e in good.seen) == ["a", "b", "warning"]
     assert "Broken" in lines(path)[1]["message"]
+
+
+def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
+    """As `accrete run ... | head`: rich asks the process to end where nobody reads its output."""
+    path = tmp_path / "events.jsonl"
+    script = """
+import sys
+from pathlib import Path
+from accrete.pipeline.config.run import LogConfig
+from accrete.pipeline.console import ConsoleSink
+from accrete.pipeline.records import Recorder
+with Recorder(Path(sys.argv[1]), [ConsoleSink(LogConfig())]) as recorder:
+    sys.stdin.read()
+    for number in range(3):
+        recorder.emit("warning", message=f"number {number}")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    said = [event["message"] for event in lines(path)]
+    assert [text for text in said if text.startswith("number")] == [f"number {n}" for n in range(3)]
+    assert len(said) == 4
+    assert "ConsoleSink failed and was switched off" in said[1]
+
+
+def test_a_wish_to_stop_is_not_taken_for_a_failing_sink(tmp_path: Path) -> None:
+    """A signal that comes while a sink writes must end what the process is doing."""
+    stop = StopSignal()
+
+    class Interrupted(Collected):
+        def write(self, event: Any) -> None:
+            stop._on_signal(signal.SIGTERM, None)
+
+    with (
+        Recorder(tmp_path / "events.jsonl", [Interrupted()]) as recorder,
+        pytest.raises(InterruptionError),
+    ):
+        recorder.emit("a")
+    assert [event["event"] for event in lines(tmp_path / "events.jsonl")] == ["a"]
+
+
+def test_a_sink_that_fails_at_the_end_changes_nothing(tmp_path: Path) -> None:
+    """A run that is done has succeeded, and one that was asked to stop says so."""
+
+    class Broken(Collected):
+        def close(self) -> None:
+            raise OSError(5, "the terminal is gone")
+
+    good = Collected()
+    with Recorder(tmp_path / "events.jsonl", [Broken(), good]) as recorder:
+        recorder.emit("a")
+    assert good.closed
+    assert recorder._file is None
+    with pytest.raises(InterruptionError), Recorder(None, [Broken()]):
+        raise InterruptionError("asked")

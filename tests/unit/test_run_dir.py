@@ -142,6 +142,13 @@ def test_the_lock_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.lock_file.mkdir()
+    with pytest.raises(RunFolderError, match=r"run: cannot open \.lock .*directory"), run.lock():
+        pass
+
+
 def test_a_worker_that_inherits_the_lock_keeps_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with run.lock() as descriptor:

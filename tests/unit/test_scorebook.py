@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import toys
 
-from accrete.pipeline import checkpoint, scorebook
+from accrete.pipeline import checkpoint, scorebook, stage_runner
+from accrete.pipeline.config.run import EvalConfig
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.scoring import RowScore, TaskScore
 from accrete.pipeline.stage_runner import StageRunner
@@ -53,10 +55,11 @@ class Scorer:
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(scorebook, "KEPT_EVERY", 1)
 
-    def make(name, scorer):
+    def make(name, scorer, forward_transfer=False):
         parts = toys.make_parts(
             ALONE, tmp_path / name, model="llama", zero=None, micro=4, rows=8, evaluator=scorer
         )
+        parts.config = replace(parts.config, eval=EvalConfig(forward_transfer=forward_transfer))
         for task in parts.tasks:
             task.num_eval = 1
         try:
@@ -65,6 +68,23 @@ def run(tmp_path, monkeypatch):
             parts.recorder.close()
 
     return make
+
+
+def test_every_rank_takes_the_scores_that_the_first_one_finds(run, tmp_path):
+    """A file system may show a file to some ranks later."""
+    folder, whole = run("whole", Scorer(), forward_transfer=True)
+    parts = toys.make_parts(ALONE, tmp_path / "other", model="llama", zero=None, micro=4, rows=8)
+    said = []
+    for chief in (True, False):
+        if chief:
+            parts.run = folder
+        runner = StageRunner(parts)
+        runner.chief = runner.book.chief = chief
+        runner.book._view.gather = lambda value: said.append(value) or [said[0]]
+        runner.book.read(2)
+        assert [list(row) for row in runner.book.scores.rows] == whole.rows
+        parts = toys.make_parts(ALONE, tmp_path / "late", model="llama", zero=None, micro=4, rows=8)
+    assert said[1] is None
 
 
 def test_groups_are_neighbours_with_enough_rows():
@@ -114,6 +134,27 @@ def test_a_row_of_a_model_that_is_no_more_is_not_read(run, tmp_path):
     _, resumed = run("cut", again := Scorer())
     assert again.calls == [["one"], ["two"]]
     assert len(resumed.rows) == 2
+
+
+def test_the_untrained_model_is_scored_once(run, monkeypatch):
+    """Cut off in the first task, before any checkpoint, as by a lack of memory."""
+    _, whole = run("whole", Scorer(), forward_transfer=True)
+
+    def cut(*_, **__):
+        raise CutError
+
+    first = Scorer()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_runner, "train_task", cut)
+        with pytest.raises(CutError):
+            run("cut", first, forward_transfer=True)
+    assert first.calls == [["two"]]
+    folder, resumed = run("cut", again := Scorer(), forward_transfer=True)
+    assert again.calls == [["one"], ["two"], ["one"], ["two"]]
+    assert resumed.untrained == whole.untrained
+    assert resumed.rows == whole.rows
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    assert [e["task"] for e in events if e.get("moment") == "untrained"] == ["two"]
 
 
 def test_many_answers_outside_the_labels_give_one_warning_a_stage(run):

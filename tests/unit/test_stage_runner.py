@@ -189,3 +189,27 @@ def test_a_past_whose_scale_is_damaged_is_passed_over(run, content):
     found, problems = checkpoint.newest(parts.run.path)
     assert found.position == checkpoint.Position(stage=0)
     assert "adapter_config.json" in problems[0]
+
+
+def test_no_checkpoint_is_newer_on_disk_than_its_events(tmp_path, monkeypatch):
+    """A step does not wait for the disk, and a node may be lost right after a checkpoint."""
+    parts = toys.make_parts(ALONE, tmp_path, model="llama_short", zero=None, micro=4, every_steps=1)
+    done = []
+
+    def noted(owner, name):
+        function = getattr(owner, name)
+
+        def call(*given, **fields):
+            done.append(given[0] if name == "emit" else name)
+            return function(*given, **fields)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((parts.recorder, "emit"), (parts.recorder, "sync"), (checkpoint, "save")):
+        noted(owner, name)
+    StageRunner(parts).run()
+    parts.recorder.close()
+    saves = [place for place, what in enumerate(done) if what == "save"]
+    assert len(saves) == 6
+    assert {done[place - 1] for place in saves} == {"sync"}
+    assert "step" in [done[place - 2] for place in saves]
