@@ -10,7 +10,7 @@ Runs in docs/results.json are not made again, on no machine; take one out to rep
 
     make results RESULTS='--jobs 8 --set engine.procs=1 train.micro_batch_size=8'
 
-The base is in bf16 where it is frozen, on a CPU too: what a GPU takes by itself, and faster.
+The model computes in bf16, on a CPU too: what a GPU takes by itself, and faster.
 
 The rule of the search is the same for all methods: `TRIALS` runs over the first two tasks, seed 0,
 scored on dev rows; the settings with the highest average performance are taken (for `per_task` the
@@ -112,9 +112,7 @@ class Plan:
 
     def _run(self, name: str, kind: str, settings: tuple[str, ...], scored: tuple[str, ...]) -> Run:
         fixed = (f"data.root={self.data}", f"method={kind}", "eval.forward_transfer=false")
-        if kind not in WEIGHTS:
-            fixed += ("model.dtype=bf16",)
-        overrides = (*fixed, *scored, *settings, *self.more)
+        overrides = (*fixed, "model.dtype=bf16", *scored, *settings, *self.more)
         return Run(self.out / kind / name, self.recipe, settings, overrides)
 
     def settings(self, kind: str) -> list[tuple[str, ...]]:
