@@ -53,6 +53,13 @@ def cases(zeros: tuple[int | None, ...]) -> list[Case]:
     ]
 
 
+HALVES = (
+    *("sequential", "ewc_lora", "keep_lora", "lora_subtraction", "sr2_lora"),
+    *("full", "ewc", "gpm"),
+)
+"""Kinds that run in bf16: a frozen base that is kept in it, or trained weights multiplied in it."""
+
+
 def halves() -> list[Case]:
     return [
         Case(
@@ -68,7 +75,7 @@ def halves() -> list[Case]:
                 **EVERY[kind],
             },
         )
-        for kind in ("sequential", "ewc_lora", "keep_lora", "lora_subtraction", "sr2_lora")
+        for kind in HALVES
         for model in MODELS
         for zero in (None, 2, 3)
     ]
@@ -108,16 +115,17 @@ def test_deepspeed_on_a_gpu_equals_the_plain_engine(launches, kind, model, zero)
 
 
 @pytest.mark.parametrize("case", [case.name for case in halves()])
-def test_a_bf16_base_with_fp32_factors(launches, case):
-    """Near the fp32 run in its losses; factors, gradients and optimizer stay fp32."""
+def test_bf16_with_fp32_for_what_is_trained(launches, case):
+    """Near the fp32 run in its losses; factors or weights, gradients and optimizer stay fp32."""
     _, kind, model, _ = case.split("-")
     got = launches["half"].result(case)[0]
     full = launches["cuda-None"].result(f"{kind}-{model}-None")[0]
     assert got["dtypes"] == ["torch.float32"]
     for a, b in zip(got["losses"], full["losses"], strict=True):
         assert a == pytest.approx(b, rel=3e-2)
-    factors = groups(got)["2", "B"].float()
-    assert not torch.equal(factors, factors.bfloat16().float())
+    assert got["losses"] != full["losses"]
+    trained = groups(got)["2", "W" if kind in ("full", "ewc", "gpm") else "B"].float()
+    assert not torch.equal(trained, trained.bfloat16().float())
 
 
 @pytest.fixture(scope="module")
