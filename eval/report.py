@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from accrete.eval.report_tables import (
 )
 from accrete.eval.run_record import RunRecord
 from accrete.eval.stats import Interval, bootstrap_matrix, interval, metric_intervals
+from accrete.pipeline.interruption import InterruptionError
 from accrete.pipeline.records import json_safe
 from accrete.pipeline.run_dir import write_text
 
@@ -41,6 +43,20 @@ def write_report(run_dir: Path) -> Path:
     # A lone surrogate in a prediction cannot be written as UTF-8 and must not cost the report.
     write_text(record.dir.report, text.encode("utf-8", "replace").decode("utf-8"))
     return record.dir.report
+
+
+def refresh_report(run_dir: Path) -> None:
+    """`write_report` for a run, which does not depend on a view that can be made again."""
+    try:
+        write_report(run_dir)
+    except InterruptionError:  # the wish to stop may come at any moment
+        raise
+    except Exception as error:
+        print(
+            f"warning: {run_dir}: the report could not be written: {error!r}. Make it with "
+            "`accrete report`.",
+            file=sys.stderr,
+        )
 
 
 def report_content(record: RunRecord) -> dict[str, Any]:

@@ -252,9 +252,9 @@ def _launch(folder: RunDir, overrides: Sequence[str], procs: int, device: str, l
 
 
 def _conclude(folder: RunDir) -> RunResult:
-    from accrete.eval.report import write_report
+    from accrete.eval.report import refresh_report
 
-    write_report(folder.path)
+    refresh_report(folder.path)
     return read_result(folder.path)
 
 

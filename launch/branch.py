@@ -148,9 +148,8 @@ def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) ->
             shutil.copytree(source, target)
             if not same_method:
                 _drop_method_state(target)
-    untrained = parent.path / "untrained.json"
-    if untrained.is_file():
-        shutil.copy2(untrained, child.path / untrained.name)
+    if parent.untrained.is_file():
+        shutil.copy2(parent.untrained, child.untrained)
     _copy_events(parent, child, stage)
     write_json(
         child.path / "lineage.json",
@@ -178,11 +177,10 @@ def fit_forward_scores(
         now: The branch's.
     """
     old, new = ([_task_key(task) for task in side["tasks"]] for side in (before, now))
-    untrained = child.path / "untrained.json"
-    if untrained.is_file():
-        scores = read_json(untrained)["scores"]
+    if child.untrained.is_file():
+        scores = read_json(child.untrained)["scores"]
         known = dict(zip(old, scores, strict=False))
-        write_json(untrained, {"scores": [known.get(key) for key in new] if scores else []})
+        write_json(child.untrained, {"scores": [known.get(key) for key in new] if scores else []})
     if old[stage + 1 : stage + 2] == new[stage + 1 : stage + 2]:
         return
     child.stage(stage).score.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,7 +252,7 @@ def announce(parts: Parts) -> None:
 def write_results(run: RunDir, scores: Scores) -> dict[str, Any]:
     """The matrix so far and the report, after every stage (rank 0); the matrix as JSON."""
     from accrete.eval.matrix import AccuracyMatrix
-    from accrete.eval.report import write_report
+    from accrete.eval.report import refresh_report
 
     matrix = AccuracyMatrix(
         tasks=tuple(scores.tasks),
@@ -264,10 +263,7 @@ def write_results(run: RunDir, scores: Scores) -> dict[str, Any]:
     )
     content = matrix.to_json()
     write_json(run.matrix, content)
-    try:
-        write_report(run.path)
-    except Exception as error:  # it is a view, which `accrete report` can make again
-        print(f"warning: {run.report} could not be written: {error!r}", file=sys.stderr)
+    refresh_report(run.path)
     return content
 
 

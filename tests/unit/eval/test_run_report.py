@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from run_folders import write_run
 
+from accrete.eval import report as reports
 from accrete.eval.charts import LOSS_POINTS, loss_chart, task_curve
 from accrete.eval.ledger import LossPoint, read_ledger
 from accrete.eval.matrix import AccuracyMatrix
-from accrete.eval.report import report_content, write_report
+from accrete.eval.report import refresh_report, report_content, write_report
 from accrete.eval.report_settings import flatten, group_settings
 from accrete.eval.run_record import RunRecord
 from accrete.pipeline.errors import RunFolderError
+from accrete.pipeline.interruption import InterruptionError
 
 CELLS = [[[1, 1, 1, 0]], [[1, 0, 0, 1], [1, 1, 0, 1]]]
 
@@ -28,6 +30,29 @@ def embedded(report: Path) -> dict[str, Any]:
     assert found is not None
     content: dict[str, Any] = json.loads(found.group(1))
     return content
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_goes_on_without_its_report_but_not_after_a_signal(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:
+    run = write_run(tmp_path / "run", CELLS)
+
+    def fail(record: RunRecord) -> dict[str, Any]:
+        raise InterruptionError("SIGTERM") if stopped else ValueError("odd")
+
+    monkeypatch.setattr(reports, "report_content", fail)
+    if stopped:
+        with pytest.raises(InterruptionError):
+            refresh_report(run)
+        return
+    refresh_report(run)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {run}: the report could not be written: ValueError('odd').")
+    assert not (run / "report.html").exists()
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
