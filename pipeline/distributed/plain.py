@@ -45,6 +45,9 @@ class PlainEngine:
     def step(self, learning_rate: float) -> float:
         """Clip, move the weights, drop the gradients; if they are not finite, nothing moves."""
         norm = gradient_norm(self.parameters.values())
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # unused in this step: ZeRO's optimizers see zeros as well
+                parameter.grad = torch.zeros_like(parameter)
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
             return norm

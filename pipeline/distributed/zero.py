@@ -138,6 +138,10 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        if self.stage == 3:
+            # DeepSpeed overwrites what a backward reaches. A parameter that the next step does not
+            # use, or not in its first micro-batch, would have this step's gradient again.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         self._seen.clear()
         norm = self._engine.get_global_grad_norm()
         return whole if norm is None else float(norm)

@@ -126,6 +126,28 @@ def edited(ranks: Any, folder: Path, copy_alone: bool = False, **params: Any) ->
     return result
 
 
+def unused(ranks: Any, folder: Path, used: list[list[bool]], **params: Any) -> dict[str, Any]:
+    """Train with a layer that has no gradient where `used`, by step and micro-batch, says no."""
+    parts = make_parts(ranks, folder, train={"weight_decay": 0.1}, **params)
+    stage = StageRunner(parts)._stage(0)
+    stage.write_factors(
+        {
+            name: (a, torch.full_like(b, 0.02))
+            for name, (a, b) in initial_factors(parts.adapted, 0, 0).items()
+        }
+    )
+    calls = iter([part for step in used for part in step])
+
+    def cut(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if next(calls) else output.detach()
+
+    next(iter(parts.adapted.layers.values())).module.register_forward_hook(cut)
+    stage.steps = len(used)
+    train_task(stage, parts.method, parts.recorder)
+    assert next(calls, None) is None
+    return {name: parts.engine.value(name) for name in parts.engine.parameters}
+
+
 def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     """Collectives of the second task's training steps; what this rank has of every A."""
     parts = make_parts(ranks, folder, **params)
@@ -328,6 +350,7 @@ CASES = {
         sequence,
         zero_in_gap,
         edited,
+        unused,
         traffic,
         fisher,
         reset,

@@ -79,6 +79,21 @@ def edits() -> list[Case]:
     ]
 
 
+USED = [[True, True], [False, False], [False, True], [True, True], [True, False]]
+"""Step by step, whether each of its two micro-batches uses a layer."""
+
+
+def unused(zeros: tuple[int | None, ...], size: int) -> list[Case]:
+    """A layer that some steps, or micro-batches, do without; `used` without gaps as a control."""
+    given = {"model": "llama_short", "micro": size, "rows": 40}
+    patterns = {"unused": USED, "used": [[True, True] for _ in USED]}
+    return [
+        Case(f"{name}-zero{zero}", "unused", {**given, "zero": zero, "used": used})
+        for name, used in patterns.items()
+        for zero in zeros
+    ]
+
+
 def fishers(world: int) -> list[Case]:
     sizes = {1: (8, 1), 2: (4, 1), 4: (2,)}[world]
     return [
@@ -266,6 +281,7 @@ WORLDS: dict[int, list[Case]] = {
             for m in MODELS
         ],
         *strengths((None,), 4),
+        *unused((None,), 4),
         Case("clipped-plain", "sequence", {**CLIPPED, "zero": None, "micro": 8}),
         *[
             Case(
@@ -286,6 +302,7 @@ WORLDS: dict[int, list[Case]] = {
     2: [
         *hook_reality(),
         *edits(),
+        *unused(STAGES, 2),
         *equivalence(2),
         *fishers(2),
         *traffics(),

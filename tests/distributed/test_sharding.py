@@ -110,6 +110,17 @@ def test_an_edit_of_the_parameter_alone_is_lost(launches, zero):
             assert torch.equal(result[f"later/value/{factor}"], result[f"trained/{factor}"])
 
 
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_step_that_does_not_use_a_layer_gives_it_no_gradient(launches, zero):
+    """DeepSpeed's ZeRO 3 by itself would take the gradient of the step before again."""
+    kept = tensors(launches(2).result(f"unused-zero{zero}")[0])
+    assert_same(kept, tensors(launches(1).result("unused-zeroNone")[0]), 1e-5)
+    control = tensors(launches(1).result("used-zeroNone")[0])
+    assert max(relative(kept[name], value) for name, value in control.items()) > 1e-3
+    used = tensors(launches(2).result(f"used-zero{zero}")[0])
+    assert_same(used, control, 1e-5)
+
+
 def fisher_by_autograd(model):
     """F of the first toy task from a trainable dense copy of every W, one row at a time."""
     import toys
