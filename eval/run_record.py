@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from accrete.eval.matrix import AccuracyMatrix, Array
+from accrete.eval.run_settings import branch_settings, otherwise
 from accrete.pipeline.errors import RunFolderError
 from accrete.pipeline.records import read_events
 from accrete.pipeline.run_dir import RunDir, read_json
@@ -126,14 +127,17 @@ class RunRecord:
 
     @cached_property
     def branched(self) -> str | None:
-        """`METHOD@stage-T` where another method learned the stages up to T; None elsewhere."""
-        found, method = None, self.method
-        for event in self.events:
-            if event["event"] == "run_started":
-                method = str(event.get("method", method))
-            elif event["event"] == "consolidated" and method != self.method:
-                found = f"{method}@stage-{event.get('stage')}"
-        return found
+        """What learned a branch's first stages other than its recipe says; None elsewhere.
+
+        `METHOD@stage-T` or `learning_rate=0.001@stage-T`, for the stages up to T.
+        """
+        own = branch_settings(self.config)
+        said = [
+            f"{told}@stage-{entry['stage']}"
+            for entry in self._mapping(self.dir.lineage).get("learned", [])
+            if (told := otherwise(entry["settings"], own)) is not None
+        ]
+        return ", ".join(said) or None
 
     @cached_property
     def matrix(self) -> AccuracyMatrix | None:

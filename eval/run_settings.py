@@ -60,7 +60,7 @@ ROUNDING_KEYS = frozenset({"train.micro_batch_size"})
 UNKNOWN = "?"
 """Stands for a setting that a run did not record."""
 
-_LONGEST = 24
+_LONGEST = 32
 """Characters of a value in a label."""
 
 Settings = dict[str, str]
@@ -106,6 +106,28 @@ def training_settings(config: Mapping[str, Any], *, rows: bool) -> Settings:
     for task in _tasks(filled) if rows else ():
         found |= _rows_of(task, "train")
     return {key: value for key, value in found.items() if key not in ROUNDING_KEYS}
+
+
+def branch_settings(config: Mapping[str, Any]) -> Settings:
+    """Of `training_settings` those that a branch may change for what follows its shared stages."""
+    settings = training_settings(config, rows=False)
+    return {key: value for key, value in settings.items() if key.startswith(("method.", "train."))}
+
+
+def otherwise(shared: Settings, own: Settings) -> str | None:
+    """What stages that a branch shares were learned with instead of its own settings; None: as it.
+
+    Args:
+        shared: `branch_settings` of the shared stages.
+        own: The same of the branch. Of another method only the name is said.
+    """
+    changed = {key: value for key, value in shared.items() if own.get(key) != value}
+    said = []
+    if (kind := changed.pop("method.kind", None)) is not None:
+        said.append(kind)
+        changed = {key: value for key, value in changed.items() if key.startswith("train.")}
+    said += [f"{key.partition('.')[2]}={value}" for key, value in sorted(changed.items())]
+    return " ".join(said) or None
 
 
 def telling(settings: Sequence[Settings]) -> list[Settings]:

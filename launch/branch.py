@@ -126,6 +126,7 @@ def start_branch(
     try:
         same_method = method == load_recipe(parent.recipe).config.method.kind
         copy_stages(parent, child, stage, same_method)
+        write_lineage(parent, child, stage)
         fit_forward_scores(child, stage, read_json(parent.prepared), prepared.to_json())
         adopt_adapter(child, stage, method_class(method).fresh_adapter)
         write_start(child, recipe, prepared)
@@ -151,13 +152,25 @@ def copy_stages(parent: RunDir, child: RunDir, stage: int, same_method: bool) ->
     if parent.untrained.is_file():
         shutil.copy2(parent.untrained, child.untrained)
     _copy_events(parent, child, stage)
+
+
+def write_lineage(parent: RunDir, child: RunDir, stage: int) -> None:
+    """Say where a branch comes from, and with which settings its shared stages were learned."""
+    from accrete.eval.run_settings import branch_settings
+
+    # The parent may be a branch itself.
+    learned = read_json(parent.lineage)["learned"] if parent.lineage.is_file() else []
+    own = {"stage": stage, "settings": branch_settings(load_recipe(parent.recipe).resolved())}
+    last = next((entry for entry in learned if entry["stage"] >= stage), own)
     write_json(
-        child.path / "lineage.json",
+        child.lineage,
         {
             "parent": str(parent.path.resolve()),
             "stage": stage,
-            "same_method": same_method,
-            "parent_method": read_json(parent.run).get("method"),
+            "learned": [
+                *(entry for entry in learned if entry["stage"] < stage),
+                {**last, "stage": stage},
+            ],
         },
     )
 

@@ -91,6 +91,8 @@ class RunDir:
         """The resolved recipe."""
         self.run = self.path / "run.json"
         """Name, command, versions, hardware, origin of every value."""
+        self.lineage = self.path / "lineage.json"
+        """Of a branch: where it comes from, and what its first stages were learned with."""
         self.prepared = self.path / "prepared.json"
         """Where the model and the tokenised tasks are."""
         self.events = self.path / "events.jsonl"

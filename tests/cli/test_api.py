@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from accrete.eval.run_record import RunRecord
 from accrete.launch import api, folder
 from accrete.launch.api import branch, load_recipe, read_result, resume, run
 from accrete.launch.failures import LaunchError
@@ -257,6 +259,32 @@ def test_a_branch_shares_what_came_before(stage: Stage, parent: Path) -> None:
     assert "checkpoints/stage-0/method.safetensors" not in child
     assert json.loads(child["run.json"])["method"] == "inc_lora"
     assert json.loads(child["lineage.json"])["parent"] == str(parent)
+
+
+def test_a_branch_knows_what_its_shared_stages_were_learned_with(
+    stage: Stage, parent: Path
+) -> None:
+    """By stages, through branches of branches; not where the settings came back."""
+    stage.workers(FINISH)
+
+    def learned_otherwise(source: Path, last: int, name: str, *overrides: str) -> str | None:
+        folder = stage.tmp_path / name
+        branch(source, last, folder, *overrides, procs=1)
+        if last == 0:  # as if the next stage were finished
+            shutil.copytree(folder / "stages" / "0", folder / "stages" / "1")
+            shutil.copytree(folder / "checkpoints" / "stage-0", folder / "checkpoints" / "stage-1")
+        return RunRecord(folder).branched
+
+    assert learned_otherwise(parent, 0, "same", "engine.zero_stage=1") is None
+    slow = learned_otherwise(parent, 0, "slow", "train.learning_rate=1e-5")
+    assert slow == "learning_rate=0.001@stage-0"
+    assert learned_otherwise(stage.tmp_path / "slow", 0, "back", "train.learning_rate=1e-3") is None
+    other = learned_otherwise(
+        stage.tmp_path / "slow", 1, "other", "train.learning_rate=2e-5", "method=inc_lora"
+    )
+    assert other == (
+        "sequential learning_rate=0.001@stage-0, sequential learning_rate=1e-05@stage-1"
+    )
 
 
 def test_a_branch_cannot_change_what_it_shares(stage: Stage, parent: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from run_folders import write_run
 
 from accrete.eval.compare import Setting, compare_runs
 from accrete.eval.compare_output import to_csv, to_text
-from accrete.eval.run_settings import telling
+from accrete.eval.run_settings import branch_settings, telling
 
 CELLS = [[[1, 1, 1, 0]], [[1, 1, 0, 0], [1, 1, 1, 1]]]
 WORSE = [[[1, 1, 1, 0]], [[0, 0, 0, 0], [1, 1, 0, 0]]]
@@ -109,30 +110,33 @@ def test_other_training_rows_are_another_line(tmp_path: Path, settings: dict[str
     ]
 
 
-def test_a_branch_from_another_method_is_another_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [
+        ({"method.kind": "sequential"}, "sequential@stage-0"),
+        ({"train.learning_rate": "0.01"}, "learning_rate=0.01@stage-0"),
+    ],
+)
+def test_a_branch_from_other_settings_is_another_line(
+    tmp_path: Path, shared: dict[str, str], said: str
+) -> None:
     """Its recipe is that of a straight run; what it learned first is not."""
 
-    def events(*methods: str) -> list[dict[str, Any]]:
-        """Each stage learned by its method; a branch announces itself."""
-        found: list[dict[str, Any]] = []
-        for stage, method in enumerate(methods):
-            if method not in methods[:stage]:
-                found.append({"event": "run_started", "method": method})
-            found.append({"event": "consolidated", "stage": stage})
-        return found
+    def run(name: str, seed: int, shared: dict[str, str] | None = None) -> Path:
+        folder = write_run(tmp_path / name, CELLS, method="ewc_lora", seed=seed)
+        if shared is not None:
+            own = branch_settings({"method": {"kind": "ewc_lora"}})
+            learned = [{"stage": 0, "settings": own | shared}]
+            (folder / "lineage.json").write_text(json.dumps({"learned": learned}))
+        return folder
 
-    def run(name: str, seed: int, *methods: str) -> Path:
-        return write_run(
-            tmp_path / name, CELLS, method="ewc_lora", seed=seed, events=events(*methods)
-        )
-
-    straight = [run("one", 0, "ewc_lora", "ewc_lora"), run("two", 1, "ewc_lora", "ewc_lora")]
-    branch = run("three", 0, "sequential", "ewc_lora")
-    assert {line.label: line.seeds for line in only([*straight, branch]).lines} == {
-        "ewc_lora (branch=none)": [0, 1],
-        "ewc_lora (branch=sequential@stage-0)": [0],
+    alike = [run("one", 0), run("two", 1), run("three", 2, {})]
+    branch = run("four", 0, shared)
+    assert {line.label: line.seeds for line in only([*alike, branch]).lines} == {
+        "ewc_lora (branch=none)": [0, 1, 2],
+        f"ewc_lora (branch={said})": [0],
     }
-    (line,) = only(straight).lines
+    (line,) = only(alike).lines
     assert line.label == "ewc_lora"
 
 
@@ -166,7 +170,7 @@ def test_labels_say_what_differs_and_no_more(tmp_path: Path) -> None:
 def test_long_values_are_cut_and_stay_apart() -> None:
     first, second = telling([{"a.x": "y" * 100}, {"a.x": "y" * 99 + "z"}])
     assert first != second
-    assert len(first["x"]) < 30
+    assert len(first["x"]) < 40
     assert telling([{"a.x": "1", "b.x": "2"}, {"a.x": "1", "b.x": "3"}])[0] == {"b.x": "2"}
 
 
