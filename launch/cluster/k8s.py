@@ -27,7 +27,7 @@ from accrete.launch.cluster.request import (
     VERDICT_MODULE,
     LaunchRequest,
 )
-from accrete.launch.cluster.settings import ClusterConfig
+from accrete.launch.cluster.settings import ClusterConfig, K8sConfig
 from accrete.pipeline.errors import ConfigError, InputError
 
 MANIFEST = "k8s.yaml"
@@ -156,6 +156,8 @@ def _manifest(request: LaunchRequest) -> str:
         local=cluster.storage.local or LOCAL,
         env=_environment(request, name),
         resources=_resources(request),
+        pod_security=_pod_security(k8s),
+        container_security=_container_security(k8s),
         file_contents={
             "node.sh": _node_script(request, name),
             REQUEST_FILE: json.dumps(request.to_json(), ensure_ascii=False, indent=2),
@@ -168,7 +170,10 @@ def _environment(request: LaunchRequest, name: str) -> dict[str, str]:
     """The contract's variables, and folders on the claim that have no use on the submitter."""
     mount = PurePosixPath(request.cluster.k8s.mount)
     storage = request.cluster.storage
+    # A user whom the image does not know has no home, and libraries ask for both.
+    unknown = {"HOME": storage.local or LOCAL, "USER": "accrete"}
     return {
+        **(unknown if request.cluster.k8s.user is not None else {}),
         "NNODES": str(request.nodes),
         "NPROC_PER_NODE": str(request.procs_per_node),
         "MASTER_ADDR": f"{name}-0.{name}",
@@ -185,6 +190,33 @@ def _resources(request: LaunchRequest) -> dict[str, str]:
     if request.recipe.config.engine.device != "cpu":
         found[k8s.gpu_resource] = str(request.procs_per_node)
     return {name: value for name, value in {**found, **k8s.resources}.items() if value}
+
+
+def _pod_security(k8s: K8sConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if k8s.user is not None:
+        found = {
+            "runAsNonRoot": True,
+            "runAsUser": k8s.user,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+    if k8s.group is not None:
+        # Of a large claim only the top folder is looked at.
+        owner = {"fsGroup": k8s.group, "fsGroupChangePolicy": "OnRootMismatch"}
+        found |= {"runAsGroup": k8s.group, **owner}
+    return found
+
+
+def _container_security(k8s: K8sConfig) -> dict[str, Any]:
+    capabilities: dict[str, list[str]] = {}
+    if k8s.user is not None:
+        capabilities["drop"] = ["ALL"]
+    if k8s.capabilities:
+        capabilities["add"] = k8s.capabilities
+    found: dict[str, Any] = {"capabilities": capabilities} if capabilities else {}
+    if k8s.user is not None:
+        found["allowPrivilegeEscalation"] = False
+    return found
 
 
 def _node_script(request: LaunchRequest, name: str) -> str:

@@ -142,6 +142,13 @@ class K8sConfig:
     """Priority of the pods."""
     pull_secrets: list[str] = field(default_factory=list)
     """Secrets to pull the image with."""
+    user: Annotated[int, Field(ge=1)] | None = None
+    """User id of the processes, which then have no further rights, as Kubernetes' `restricted`
+    standard for pods wants it; null: what the image says, often root."""
+    group: Annotated[int, Field(ge=1)] | None = None
+    """Group id of the processes and of the files that they write; null: that of the image."""
+    capabilities: list[str] = field(default_factory=list)
+    """Capabilities that a container has beyond its others, such as `IPC_LOCK` for InfiniBand."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,9 @@ FULL = replace(
         labels={"kueue.x-k8s.io/queue-name": "team"},
         priority_class="low",
         pull_secrets=["registry"],
+        user=1000,
+        group=2000,
+        capabilities=["IPC_LOCK"],
     ),
 )
 
@@ -133,6 +136,30 @@ def test_resources() -> None:
     }
     plain = replace(SMALL, device="cpu", k8s=replace(SMALL.k8s, cpu="2"))
     assert limits(plain) == {"cpu": "2"}
+
+
+def test_rights_are_those_of_the_image_or_what_the_restricted_standard_allows() -> None:
+    def pod(**settings: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+        chosen = replace(SMALL, k8s=replace(SMALL.k8s, **settings))
+        spec = manifest(chosen)["Job"]["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        env = {item["name"]: item.get("value", "") for item in container["env"]}
+        return spec.get("securityContext", {}), container.get("securityContext", {}), env
+
+    whole, own, env = pod()
+    assert (whole, own) == ({}, {})
+    assert "HOME" not in env
+    whole, own, env = pod(user=1000)
+    assert whole == {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert own == {"capabilities": {"drop": ["ALL"]}, "allowPrivilegeEscalation": False}
+    assert (env["HOME"], env["USER"]) == ("/local", "accrete")
+    whole, own, _ = pod(group=2000, capabilities=["IPC_LOCK"])
+    assert (whole["runAsGroup"], whole["fsGroup"]) == (2000, 2000)
+    assert own == {"capabilities": {"add": ["IPC_LOCK"]}}
 
 
 def test_the_run_folder_is_on_the_claim() -> None:
