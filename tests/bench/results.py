@@ -40,9 +40,11 @@ RATES = ("5e-4", "1e-3")
 MORE_RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
 STRENGTHS: dict[str, tuple[str, tuple[str, str]]] = {
     "ewc_lora": ("method.lambda", ("1e3", "1e4")),
-    # Weights move less than factors: at 1e3 and 1e4 the penalty stayed below 4 % of the loss.
-    "ewc": ("method.lambda", ("1e4", "1e6")),
-    "sr2_lora": ("method.mu", ("0.1", "1.0")),
+    # From 1e3 to 1e4 the penalty of whole weights still grew tenfold with its strength, to some
+    # hundredths of the loss, and nothing else changed.
+    "ewc": ("method.lambda", ("1e4", "1e5")),
+    # The same from 0.1 to 1.0, to half a hundredth.
+    "sr2_lora": ("method.mu", ("1.0", "10")),
     "o_lora": ("method.lambda_1", ("0.1", "0.5")),
     "lwf": ("method.weight", ("1.0", "3.0")),
     "lora_subtraction": ("method.energy", ("0.9", "0.99")),
