@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +130,15 @@ class RunRecord:
     def branched(self) -> str | None:
         """What learned a branch's first stages other than its recipe says; None elsewhere.
 
-        `METHOD@stage-T` or `learning_rate=0.001@stage-T`, for the stages up to T.
+        `METHOD@stage-T` or `learning_rate=0.001@stage-T`: all stages up to T that no word before
+        this one tells of. Where its recipe's settings learned stages before those, `own@stage-T`.
         """
         own = branch_settings(self.config)
-        said = [
-            f"{told}@stage-{entry['stage']}"
-            for entry in self._mapping(self.dir.lineage).get("learned", [])
-            if (told := otherwise(entry["settings"], own)) is not None
-        ]
+        learned = self._mapping(self.dir.lineage).get("learned", [])
+        told = {entry["stage"]: otherwise(entry["settings"], own) or "own" for entry in learned}
+        said = [f"{what}@stage-{max(same)}" for what, same in groupby(told, key=told.get)]
+        if said and said[-1].startswith("own@"):  # as all that follows
+            said.pop()
         return ", ".join(said) or None
 
     @cached_property

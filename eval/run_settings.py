@@ -119,12 +119,14 @@ def otherwise(shared: Settings, own: Settings) -> str | None:
 
     Args:
         shared: `branch_settings` of the shared stages.
-        own: The same of the branch. Of another method only the name is said.
+        own: The same of the branch. Of another method's own settings a check sum is said.
     """
     changed = {key: value for key, value in shared.items() if own.get(key) != value}
     said = []
     if (kind := changed.pop("method.kind", None)) is not None:
-        said.append(kind)
+        given = {key: value for key, value in shared.items() if key.startswith("method.")}
+        mark = f"#{_mark(json.dumps(given, sort_keys=True))}" if len(given) > 1 else ""
+        said.append(kind + mark)
         changed = {key: value for key, value in changed.items() if key.startswith("train.")}
     said += [f"{key.partition('.')[2]}={value}" for key, value in sorted(changed.items())]
     return " ".join(said) or None
@@ -218,5 +220,8 @@ def _short(value: str) -> str:
     """A long value by its beginning and a check sum, so that different ones stay different."""
     if len(value) <= _LONGEST:
         return value
-    mark = hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:4]
-    return f"{value[: _LONGEST - 6]}… {mark}"
+    return f"{value[: _LONGEST - 6]}… {_mark(value)}"
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:4]

@@ -158,8 +158,8 @@ def write_lineage(parent: RunDir, child: RunDir, stage: int) -> None:
     """Say where a branch comes from, and with which settings its shared stages were learned."""
     from accrete.eval.run_settings import branch_settings
 
-    # The parent may be a branch itself.
-    learned = read_json(parent.lineage)["learned"] if parent.lineage.is_file() else []
+    # The parent may be a branch itself, in a folder from before `learned` was written down.
+    learned = read_json(parent.lineage).get("learned", []) if parent.lineage.is_file() else []
     own = {"stage": stage, "settings": branch_settings(load_recipe(parent.recipe).resolved())}
     last = next((entry for entry in learned if entry["stage"] >= stage), own)
     write_json(

@@ -103,9 +103,13 @@ def _is_ours(cluster: ClusterConfig) -> bool:
     """Whether the nodes' cache of models is the one that this process looks into."""
     from huggingface_hub import constants
 
-    names = ("HF_HOME", "XDG_CACHE_HOME", *HUB_PARTS, *OLD_NAMES.values())
-    if any(name in line for line in cluster.setup for name in names):
-        return False  # only the nodes' shell can tell
+    if cluster.storage.hf_home is None and cluster.k8s.claim is not None:
+        return False  # pods have a folder of the claim
+    indirect = {"XDG_CACHE_HOME", *OLD_NAMES.values()}
+    names = ("HF_HOME", *HUB_PARTS, *indirect)
+    in_setup = any(name in line for line in cluster.setup for name in names)
+    if in_setup or not indirect.isdisjoint(cluster.env):
+        return False  # only the nodes can tell
     named = {**cluster.storage.cache_variables(), **cluster.env}
     theirs = named.get("HF_HUB_CACHE")
     if theirs is None and "HF_HOME" in named:

@@ -91,6 +91,7 @@ def get_ready(
     os.environ.update(environment)
     attempt = environment.setdefault(contract.ATTEMPT, f"by-hand-{int(time.time())}")
     if place.is_first:
+        _require_ours(folder, request)
         require_progress(folder, request.cluster.retries)
         _open_folder(folder, request, overrides, place)
         token = attempts.begin_attempt(
@@ -110,6 +111,18 @@ def get_ready(
     ], environment
 
 
+def _require_ours(folder: RunDir, request: KeptRequest) -> None:
+    """Make sure of what nobody has compared where the submitting machine does not see the folder.
+
+    Raises:
+        OtherRunError: It holds a run of another recipe.
+    """
+    from accrete.pipeline.config.load import load_recipe
+
+    if folder.is_run():
+        require_same_recipe(folder, load_recipe(request.recipe))
+
+
 def _open_folder(
     folder: RunDir, request: KeptRequest, overrides: Sequence[str], place: contract.Place
 ) -> None:
@@ -121,8 +134,6 @@ def _open_folder(
     if not folder.is_run():
         make_folder(folder, request)
         return
-    # Where the machine that submits does not see the folder, nobody has compared them yet.
-    require_same_recipe(folder, load_recipe(request.recipe))
     recipe = load_recipe(folder.recipe, overrides)
     if not is_usable(folder):
         # Another cache than where the run was made ready: the rows must come out the same.

@@ -148,7 +148,8 @@ class K8sConfig:
     group: Annotated[int, Field(ge=1)] | None = None
     """Group id of the processes and of the files that they write; null: that of the image."""
     capabilities: list[str] = field(default_factory=list)
-    """Capabilities that a container has beyond its others, such as `IPC_LOCK` for InfiniBand."""
+    """Capabilities that a container has beyond its others, such as `IPC_LOCK` for InfiniBand. They
+    are root's: the processes of a `user` do not get them."""
 
 
 @dataclass(frozen=True, kw_only=True)

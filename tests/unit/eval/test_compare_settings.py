@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from run_folders import write_run
 
 from accrete.eval.compare import Setting, compare_runs
 from accrete.eval.compare_output import to_csv, to_text
+from accrete.eval.run_record import RunRecord
 from accrete.eval.run_settings import branch_settings, telling
 
 CELLS = [[[1, 1, 1, 0]], [[1, 1, 0, 0], [1, 1, 1, 1]]]
@@ -138,6 +140,32 @@ def test_a_branch_from_other_settings_is_another_line(
     }
     (line,) = only(alike).lines
     assert line.label == "ewc_lora"
+
+
+def test_branches_with_other_histories_are_other_lines(tmp_path: Path) -> None:
+    def settings(kind: str, **more: float) -> dict[str, str]:
+        return branch_settings({"method": {"kind": kind, **more}})
+
+    def run(name: str, *learned: dict[str, str]) -> Path:
+        folder = write_run(tmp_path / name, CELLS, method="ewc_lora")
+        entries = [{"stage": stage, "settings": said} for stage, said in enumerate(learned)]
+        (folder / "lineage.json").write_text(json.dumps({"learned": entries}))
+        return folder
+
+    own, other = settings("ewc_lora"), settings("sequential")
+    weak, strong = settings("lwf", weight=1.0), settings("lwf", weight=9.0)
+    histories = [(other, other), (own, other), (other, own), (weak, weak), (strong, strong)]
+    runs = [run(str(number), *learned) for number, learned in enumerate(histories)]
+    said = [RunRecord(folder).branched for folder in runs]
+    # Stages that two branches in a row left as they were are no other history.
+    assert said[:3] == [
+        "sequential@stage-1",
+        "own@stage-0, sequential@stage-1",
+        "sequential@stage-0",
+    ]
+    assert all(re.fullmatch(r"lwf#[0-9a-f]{4}@stage-1", str(text)) for text in said[3:])
+    assert len(only(runs).lines) == len(histories)
+    assert RunRecord(run("straight", own, own)).branched is None
 
 
 def test_labels_say_what_differs_and_no_more(tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "distributed"))
 
 import toys
 
-from accrete.launch.branch import adopt_adapter, copy_stages
+from accrete.launch.branch import adopt_adapter, copy_stages, write_lineage
 from accrete.launch.execute import announce
 from accrete.pipeline import checkpoint
+from accrete.pipeline.config.load import load_recipe
 from accrete.pipeline.distributed.comm import Ranks
 from accrete.pipeline.errors import CheckpointError
 from accrete.pipeline.methods.base import Method
 from accrete.pipeline.methods.sequential import SequentialConfig
 from accrete.pipeline.records import Recorder, read_events
-from accrete.pipeline.run_dir import RunDir, write_json
+from accrete.pipeline.run_dir import RunDir, read_json, write_json
 from accrete.pipeline.scoring import TaskScore
 from accrete.pipeline.stage_runner import StageRunner
 
@@ -75,6 +76,17 @@ def test_what_later_stages_warned_of_stays_with_the_parent(parent, tmp_path):
     assert [message.split()[-1] for message in told] == ["begins", "ends", "them"] * 2
     child = branched(parent, tmp_path / "child")
     assert warnings_of(child) == told[:3]
+
+
+def test_a_branch_of_a_branch_from_before_its_settings_were_written_down(tmp_path):
+    parent, child = RunDir(tmp_path / "parent"), RunDir(tmp_path / "child")
+    parent.create()
+    child.create()
+    load_recipe("quickstart").dump_yaml(parent.recipe)
+    write_json(parent.lineage, {"parent": "x", "stage": 0, "parent_method": "sequential"})
+    write_lineage(parent, child, 1)
+    (learned,) = read_json(child.lineage)["learned"]
+    assert learned["stage"] == 1
 
 
 @pytest.mark.parametrize("change", [None, "method", "eval"])

@@ -15,6 +15,7 @@ from accrete.launch.cluster.caches import look_into, require_weights, with_own_c
 from accrete.launch.cluster.request import engine_overrides, make_request, prepare_run
 from accrete.launch.cluster.settings import (
     ClusterConfig,
+    K8sConfig,
     StorageConfig,
     load_cluster,
     nodes_in_file,
@@ -202,6 +203,9 @@ def test_weights_that_offline_nodes_would_miss(
     require_weights(ClusterConfig(storage=StorageConfig(offline=False)), model)
     require_weights(ClusterConfig(storage=StorageConfig(hf_home="/nodes")), model)
     require_weights(ClusterConfig(setup=["export HF_HOME=/nodes"]), model)
+    require_weights(ClusterConfig(env={"XDG_CACHE_HOME": "/nodes"}), model)
+    require_weights(ClusterConfig(env={"HUGGINGFACE_HUB_CACHE": "/nodes"}), model)
+    require_weights(ClusterConfig(k8s=K8sConfig(claim="runs")), model)
     require_weights(ClusterConfig(), ModelConfig(builder="tiny_llama"))
     with pytest.raises(ModelError):
         require_weights(ClusterConfig(storage=StorageConfig(hf_home=str(tmp_path))), model)

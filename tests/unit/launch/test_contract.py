@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from accrete.launch.cluster import contract, node
+from accrete.launch.cluster import attempts, contract, node
 from accrete.launch.cluster.contract import (
     Place,
     choose_port,
@@ -242,10 +242,15 @@ def test_the_first_node_makes_a_folder_that_has_logs_already(
     assert (prepared.logs / "node-0.log").is_file()
 
 
+@pytest.mark.parametrize("still", [0, 3])
 def test_a_folder_of_another_run_stays_with_its_owner(
-    prepared: RunDir, monkeypatch: pytest.MonkeyPatch
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch, still: int
 ) -> None:
     """Runs of one name from two machines meet on a claim, which neither of these sees."""
+    for number in range(still):  # the other run may be on its way to a first checkpoint
+        progress = attempts.read_progress(prepared).to_list()
+        line = {"event": "begun", "attempt": f"theirs-{number}", "progress": progress}
+        attempts.note(prepared, line)
     other = make_request("quickstart", ["seed=7"], prepared.path, ClusterConfig(device="cpu"))
     other.recipe.dump_yaml(prepared.recipe)
     prepared.run.write_text("{}")
