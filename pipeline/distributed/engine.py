@@ -68,12 +68,20 @@ class Engine(Protocol):
         """
         ...
 
+    def aside(self) -> AbstractContextManager[None]:
+        """For forwards without gradients between a forward and its backward, which that backward
+        must not notice. Collective: no.
+        """
+        ...
+
     def watch(self) -> None:
         """Make `peek` available from the next forward on."""
         ...
 
     def peek(self, name: str) -> torch.Tensor:
-        """A parameter as the last forward used it, whole, fp32, read-only. Collective: no."""
+        """A parameter as the last forward used it, whole, fp32, read-only; zeros, at ZeRO 3, where
+        it did not. Collective: no.
+        """
         ...
 
     def value(self, name: str) -> torch.Tensor:

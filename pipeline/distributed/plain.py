@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class PlainEngine:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Nothing is kept for a backward beside the graph."""
+        return nullcontext()
 
     def watch(self) -> None:
         """Nothing to prepare: parameters are always whole."""

@@ -9,7 +9,6 @@ ZeRO 3 when padding is needed, so the local ones are used there.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,42 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 from accrete.pipeline.distributed.comm import Ranks
+from accrete.pipeline.distributed.deepspeed_engine import deepspeed_config, prepare
 from accrete.pipeline.distributed.engine import MOMENTS, OptimizerSettings, gradient_norm
 from accrete.pipeline.errors import DistributedError
-
-
-def deepspeed_config(
-    stage: int,
-    world: int,
-    accumulation: int,
-    micro_batch: int,
-    bucket_elements: int,
-    max_grad_norm: float | None,
-    whole_below: int | None = None,
-    most_live: int | None = None,
-) -> dict[str, Any]:
-    """The DeepSpeed settings of a run: its own precision modes off, torch's optimizer as given."""
-    wanted = {
-        "stage3_param_persistence_threshold": whole_below,
-        "stage3_max_live_parameters": most_live,
-        "stage3_max_reuse_distance": most_live,
-    }
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * world,
-        "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": bucket_elements,
-            "allgather_bucket_size": bucket_elements,
-            "overlap_comm": False,
-            **{key: value for key, value in wanted.items() if value is not None},
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
 
 
 class ZeroEngine:
@@ -109,7 +75,7 @@ class ZeroEngine:
             most_live,
         )
         self._optimizer = settings.build(list(parameters.values()))
-        self._engine = _prepare(module, self._optimizer, config)
+        self._engine = prepare(module, self._optimizer, config)
         self.module: nn.Module = self._engine.module
 
     # -- the step ---------------------------------------------------------------------------
@@ -146,6 +112,24 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         return whole if norm is None else float(norm)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """See `Engine.aside`.
+
+        ZeRO 3 counts a module's inputs that wait for their gradients, and lets its weights go when
+        none is left. Every forward begins that count anew: all weights would stay gathered.
+        """
+        waiting = {
+            part: part.ds_grads_remaining
+            for part in self.module.modules()
+            if hasattr(part, "ds_grads_remaining")
+        }
+        try:
+            yield
+        finally:
+            for part, count in waiting.items():
+                part.ds_grads_remaining = count
+
     # -- values -----------------------------------------------------------------------------
 
     def watch(self) -> None:
@@ -176,11 +160,12 @@ class ZeroEngine:
         """A parameter as the last forward used it. Collective: no."""
         if self.stage < 3:
             return self.parameters[name].detach()
-        if name not in self._seen:
-            raise DistributedError(
-                f"{name} was not used by a forward since `watch` or the last step."
-            )
-        return self._seen[name]
+        if not self._seen:
+            raise DistributedError(f"{name}: no forward since `watch` or the last step.")
+        # A part of the model may not run, such as one for pictures. It gets no gradient either.
+        seen = self._seen.get(name)
+        shape = self._shape(self.parameters[name])
+        return torch.zeros(shape, device=self.device) if seen is None else seen
 
     def value(self, name: str) -> torch.Tensor:
         """The master value, whole. Collective: yes (at ZeRO 3)."""
@@ -360,37 +345,3 @@ class ZeroEngine:
     def close(self) -> None:
         """Free the engine (at ZeRO 3 DeepSpeed keeps a reference to the model)."""
         self._engine.destroy()
-
-
-def _prepare(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """Let Accelerate build the DeepSpeed engine, and make sure that it really is one."""
-    # Any sign of a CPU run makes Accelerate hand back the bare module without a word.
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    import deepspeed
-    import deepspeed.ops
-    import deepspeed.utils.nvtx
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DeepSpeedPlugin
-
-    # Its first use compiles for a minute and needs a compiler; gloo and NCCL do without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Marks for a GPU's profiler, around every hook of every module. On a CPU nobody sees them, and
-    # they take a seventh of a small model's time at ZeRO 3.
-    on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
-    deepspeed.utils.nvtx.enable_nvtx = not on_cpu
-    AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = DeepSpeedPlugin(hf_ds_config=config)
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin,
-        # Or ACCELERATE_MIXED_PRECISION of the environment would train the factors in bf16.
-        mixed_precision="no",
-        gradient_accumulation_steps=config["gradient_accumulation_steps"],
-    )
-    engine, _ = accelerator.prepare(module, optimizer)
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise DistributedError(
-            f"Accelerate returned a {type(engine).__name__}, not a DeepSpeed engine. Unset "
-            "ACCELERATE_* variables in the environment, or use engine.kind=plain."
-        )
-    return engine

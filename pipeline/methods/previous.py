@@ -24,7 +24,7 @@ def previous_model(stage: Stage) -> Iterator[None]:
     changes which factors require gradients.
     """
     layers = list(stage.adapted.layers.values())
-    with evaluating(stage.engine.module), torch.no_grad():
+    with evaluating(stage.engine.module), stage.engine.aside(), torch.no_grad():
         for layer in layers:
             layer.module.scaling[ADAPTER] = 0.0
         try:

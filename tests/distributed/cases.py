@@ -148,6 +148,26 @@ def unused(ranks: Any, folder: Path, used: list[list[bool]], **params: Any) -> d
     return {name: parts.engine.value(name) for name in parts.engine.parameters}
 
 
+def gathered(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
+    """Elements of all weights that ZeRO 3 holds whole when each factor gets its gradient."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parts = make_parts(ranks, folder, **params)
+    runner = StageRunner(parts)
+    runner._learn(0, None)
+    weights: list[Any] = list(parts.engine.module.parameters())
+    held: list[int] = []
+
+    def note(gradient: torch.Tensor) -> None:
+        held.append(sum(w.ds_numel for w in weights if w.ds_status is ZeroParamStatus.AVAILABLE))
+
+    for parameter in parts.engine.parameters.values():
+        parameter.register_hook(note)  # type: ignore[no-untyped-call]
+    runner._learn(1, None)
+    result = {"held": held[-len(parts.engine.parameters) :]}
+    return {**result, "all": sum(weight.ds_numel for weight in weights)}
+
+
 def traffic(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
     """Collectives of the second task's training steps; what this rank has of every A."""
     parts = make_parts(ranks, folder, **params)
@@ -351,6 +371,7 @@ CASES = {
         zero_in_gap,
         edited,
         unused,
+        gathered,
         traffic,
         fisher,
         reset,

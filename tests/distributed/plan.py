@@ -94,6 +94,26 @@ def unused(zeros: tuple[int | None, ...], size: int) -> list[Case]:
     ]
 
 
+def gatherings() -> list[Case]:
+    """Methods that ask the previous model within a step, and one that does not."""
+    given = {"model": "llama", "zero": 3, "micro": 8, "rows": 16, "whole_below": 0}
+    asking = {"sequential": {}, "lwf": {}, "sr2_lora": {"cache": "never"}}
+    return [
+        Case(f"gathered-{name}", "gathered", {**given, "method": name, "settings": settings})
+        for name, settings in asking.items()
+    ]
+
+
+def idles(zero: int | None, size: int) -> list[Case]:
+    """Methods that look at factors within a step, on a model with layers that do not run."""
+    kinds = {"ewc_lora": {}, "o_lora": {"lambda_2": 0.1}}
+    given = {"model": "llama_idle", "zero": zero, "micro": size}
+    return [
+        Case(f"idle-{kind}-zero{zero}", "sequence", {**given, "method": kind, "settings": settings})
+        for kind, settings in kinds.items()
+    ]
+
+
 def fishers(world: int) -> list[Case]:
     sizes = {1: (8, 1), 2: (4, 1), 4: (2,)}[world]
     return [
@@ -282,6 +302,8 @@ WORLDS: dict[int, list[Case]] = {
         ],
         *strengths((None,), 4),
         *unused((None,), 4),
+        *gatherings(),
+        *idles(None, 8),
         Case("clipped-plain", "sequence", {**CLIPPED, "zero": None, "micro": 8}),
         *[
             Case(
@@ -303,6 +325,7 @@ WORLDS: dict[int, list[Case]] = {
         *hook_reality(),
         *edits(),
         *unused(STAGES, 2),
+        *idles(3, 4),
         *equivalence(2),
         *fishers(2),
         *traffics(),

@@ -159,3 +159,18 @@ def test_triplet_loss_gathers_once_a_micro_batch(launches, zero):
     # Each call names what is sent and room for it from both ranks: [2, 32] floats a rank.
     assert added.pop("allgather bytes") == micro_batches * 3 * (2 * 32 * 4)
     assert not added
+
+
+@pytest.mark.parametrize("method", ["lwf", "sr2_lora"])
+def test_a_second_forward_does_not_keep_the_weights_gathered(launches, method):
+    """DeepSpeed's ZeRO 3 by itself would let no weight go before the end of the backward."""
+    plain = launches(1).result("gathered-sequential")[0]
+    assert max(plain["held"]) < plain["all"] / 2
+    assert launches(1).result(f"gathered-{method}")[0]["held"] == plain["held"]
+
+
+@pytest.mark.parametrize("kind", ["ewc_lora", "o_lora"])
+def test_layers_that_do_not_run_are_let_through(launches, kind):
+    whole = launches(1).result(f"idle-{kind}-zeroNone")[0]
+    assert any("idle" in name for name in whole)
+    assert_same_run(launches(2).result(f"idle-{kind}-zero3")[0], whole)

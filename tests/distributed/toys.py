@@ -42,7 +42,8 @@ def base_model(kind: str) -> torch.nn.Module:
     """A T5 with smooth activations (a ReLU turns last-bit differences into jumps) or a LLaMA.
 
     A `_short` one has one layer a side, for what costs much and does not grow with layers;
-    `t5_uneven` two in the encoder and one in the decoder, as every module costs at ZeRO 3.
+    `t5_uneven` two in the encoder and one in the decoder, as every module costs at ZeRO 3. An
+    `_idle` one has layers that do not run, such as those for pictures.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -79,6 +80,9 @@ def base_model(kind: str) -> torch.nn.Module:
                 pad_token_id=None,
             )
         )
+    if kind.endswith("_idle"):
+        for layer in model.model.layers:
+            layer.idle = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32)})
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
