@@ -110,11 +110,15 @@ def is_seq2seq(model_path: str, revision: str | None) -> bool:
     from transformers import AutoConfig
 
     try:
-        settings = AutoConfig.from_pretrained(model_path, revision=revision)
-    except (OSError, ValueError) as error:
+        # Without a word about remote code transformers would ask on the terminal.
+        settings = AutoConfig.from_pretrained(
+            model_path, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # not found, not JSON, a field of a wrong type: no common base class
         raise ModelError(
-            f"model.path {model_path}: its configuration cannot be read ({error}). Give a folder "
-            "with a config.json, or a hub id."
+            f"model.path {model_path}: its configuration cannot be read ({type(error).__name__}: "
+            f"{error}). Give a folder with a config.json that transformers takes, or a hub id; "
+            "accrete runs no code that comes with a model."
         ) from error
     return bool(settings.is_encoder_decoder)
 

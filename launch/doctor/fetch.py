@@ -102,17 +102,18 @@ def _fetch_rows(task: TaskConfig, say: Say) -> None:
     """All splits of a hub data set, in the cache of the `datasets` library."""
     import datasets
 
+    from accrete.pipeline.data.hub import first_lines
+
     repo = task.dataset or task.name
     say(f"{repo}{f' ({task.config})' if task.config else ''}: fetching ...")
     try:
         datasets.load_dataset(repo, task.config, revision=task.revision)
     except Exception as error:  # not found, gated, a script, no network: no common base class
-        first = str(error).strip().partition("\n")[0]
         raise DataError(
             f"Task {task.name!r}: hub data set {repo!r} cannot be fetched: "
-            f"{type(error).__name__}: {first}\nCheck its name, `config` and `revision`, and the "
-            "network; for a gated data set accept its terms on the hub and log in first "
-            "(`hf auth login`)."
+            f"{type(error).__name__}: {first_lines(error)}\nCheck its name, `config` and "
+            "`revision`, and the network; for a gated data set accept its terms on the hub and log "
+            "in first (`hf auth login`)."
         ) from error
 
 

@@ -41,8 +41,9 @@ def read_settings(path: str, revision: str | None = None) -> Any:
         if not Path(path).expanduser().exists() and published.is_file():
             raw = json.loads(published.read_text(encoding="utf-8"))
             return AutoConfig.for_model(raw.pop("model_type"), **raw)
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+        # Without a word about remote code transformers would ask on the terminal.
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # not found, not JSON, a field of a wrong type: no common base class
         raise ModelError(
             f"model.path {path}: its configuration cannot be read ({error}). A plan needs the "
             "model's config.json alone, without weights: give a folder that holds one."

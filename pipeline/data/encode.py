@@ -41,6 +41,8 @@ class Encoding:
     """Length of the whole answer with its end token; `answer` may be shorter."""
     fits: bool
     """False: the prompt is too long even without its text."""
+    unknown: bool
+    """The tokenizer has no token for a part of the answer."""
 
 
 def load_tokenizer(path: str, options: Mapping[str, str] | None = None) -> Any:
@@ -56,7 +58,8 @@ def load_tokenizer(path: str, options: Mapping[str, str] | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **(options or {}))
+        # Without a word about remote code transformers would ask on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **(options or {}))
     except Exception as error:  # transformers raises ValueError, OSError, ImportError, ...
         raise ModelError(
             f"tokenizer {path}: cannot be loaded: {type(error).__name__}: {error}\n"
@@ -98,6 +101,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self._head = [] if seq2seq or bos is None else [int(bos)]
         self._eos = int(tokenizer.eos_token_id)
+        self._unknown = tokenizer.unk_token_id
         self._tail = [self._eos] if seq2seq else []
         self._gap = "" if seq2seq else self._find_gap()
 
@@ -162,6 +166,7 @@ class Encoder:
                     cut=i in cut,
                     answer_tokens=len(answer) + 1,
                     fits=kept is not None,
+                    unknown=self._unknown in answer,
                 )
             )
         return rows
@@ -204,9 +209,10 @@ def _drop(
     start = len(prompt.prefix)
     end = start + len(prompt.text)
     inside = [i for i, (a, b) in enumerate(spans) if start <= a and b <= end and a < b]
-    if len(ids) - len(inside) > room:
-        return None
     if not inside:
+        return None
+    # Among them, but without a span, are spaces where offsets are trimmed, as BART's are.
+    if len(ids) - (inside[-1] + 1 - inside[0]) > room:
         return None
     if at_start:
         first = inside[0]

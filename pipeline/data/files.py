@@ -1,20 +1,24 @@
 """Records of one local file, streamed, each with its file and line.
 
-Text files are read through `datasets`, line by line or as one document, and decoded here: its own
-JSON reader infers one schema per 10 MB block, fails hours into a stream when a later block differs,
-and cannot name the line (seen with datasets 5.2).
+JSON is read and decoded here. The reader of `datasets` infers one schema per 10 MB block, fails
+hours into a stream when a later block differs, and cannot name the line; and through it a .zst file
+that was cut off looks like a whole one (seen with datasets 5.2 and zstandard 0.25).
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from accrete.pipeline.data.examples import Problem
+from accrete.pipeline.errors import DataError
 
 PACKED = (".gz", ".zst")
 LINES = (".jsonl", ".ndjson")
@@ -77,49 +81,60 @@ def read_fields(path: Path, *fields: str) -> list[object]:
     """Some values of the JSON object in a file; None for a key that it does not have.
 
     Raises:
-        json.JSONDecodeError: The file is not JSON up to such a key.
+        DataError: The file cannot be read, or is not JSON up to such a key; names the line.
     """
-    text, decode = _text(path), json.JSONDecoder().raw_decode
-    places = [_find(text, field) for field in fields]
-    return [None if place is None else decode(text, place)[0] for place in places]
+    decode = json.JSONDecoder().raw_decode
+    try:
+        text = _text(path)
+        places = [_find(text, field) for field in fields]
+        return [None if place is None else decode(text, place)[0] for place in places]
+    except Exception as error:  # decompressors and parsers share no base class
+        raise DataError(str(_unreadable(path, error))) from None
 
 
-def _stream(builder: str, path: Path, **options: str) -> Iterator[dict[str, object]]:
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked."""
+    if path.suffix.lower() == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix.lower() != ".zst":
+        return path.open("rb")
+    import pyarrow as pa
+
+    # Unlike `zstandard`, it notices that the end of a frame is missing.
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+
+
+def _lines(path: Path) -> Iterator[Record | Problem]:
+    with _open(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield Record(f"{path}:{number}", json.loads(line))
+            except json.JSONDecodeError as error:
+                yield Problem(f"{path}:{number}", f"bad JSON: {error.msg} at column {error.colno}")
+
+
+def _table(path: Path) -> Iterator[Record | Problem]:
     import datasets
+    import pyarrow.parquet as pq
 
+    if not pq.read_metadata(path).num_rows:
+        return  # `datasets` says of such a file that "BatchSize must be greater than 0"
     # data_files are glob patterns: a bracket in a folder name must not be one.
     escaped = re.sub(r"([*?\[])", r"[\1]", str(path))
     # A stream caches nothing, yet leaves a lock file per data file in its cache folder.
     with tempfile.TemporaryDirectory(prefix="accrete-") as scratch:
-        yield from datasets.load_dataset(
-            builder,
-            data_files=[escaped],
-            split="train",
-            streaming=True,
-            cache_dir=scratch,
-            **options,
+        rows = datasets.load_dataset(
+            "parquet", data_files=[escaped], split="train", streaming=True, cache_dir=scratch
         )
-
-
-def _lines(path: Path) -> Iterator[Record | Problem]:
-    for number, row in enumerate(_stream("text", path, encoding="utf-8-sig"), 1):
-        line = str(row["text"])
-        if not line.strip():
-            continue
-        try:
-            yield Record(f"{path}:{number}", json.loads(line))
-        except json.JSONDecodeError as error:
-            yield Problem(f"{path}:{number}", f"bad JSON: {error.msg} at column {error.colno}")
-
-
-def _table(path: Path) -> Iterator[Record | Problem]:
-    for number, row in enumerate(_stream("parquet", path), 1):
-        yield Record(f"{path}:row {number}", row)
+        for number, row in enumerate(rows, 1):
+            yield Record(f"{path}:row {number}", row)
 
 
 def _text(path: Path) -> str:
-    rows = list(_stream("text", path, sample_by="document", encoding="utf-8-sig"))
-    return str(rows[0]["text"]) if rows else ""
+    with _open(path) as content:
+        return content.read().decode("utf-8-sig")
 
 
 def _document(path: Path, field: str | None) -> Iterator[Record | Problem]:
@@ -128,17 +143,14 @@ def _document(path: Path, field: str | None) -> Iterator[Record | Problem]:
     if text[start : start + 1] == "{" and field is None:
         yield from _lines(path)  # JSON lines under the name .json, as some tools write
         return
-    try:
-        found = _find(text, field) if field is not None else start
-        if found is None:
-            yield Problem(f"{path}:1", f"the object has no key {field!r}")
-        elif text[found : found + 1] != "[":
-            if text.strip():
-                yield Problem(f"{path}:{_line(text, found)}", "expected an array of rows, '['")
-        else:
-            yield from _array(path, text, found)
-    except json.JSONDecodeError as error:
-        yield Problem(f"{path}:{error.lineno}", f"bad JSON: {error.msg} at column {error.colno}")
+    found = _find(text, field) if field is not None else start
+    if found is None:
+        yield Problem(f"{path}:1", f"the object has no key {field!r}")
+    elif text[found : found + 1] != "[":
+        if text.strip():
+            yield Problem(f"{path}:{_line(text, found)}", "expected an array of rows, '['")
+    else:
+        yield from _array(path, text, found)
 
 
 def _array(path: Path, text: str, start: int) -> Iterator[Record]:
@@ -194,15 +206,15 @@ def _unreadable(path: Path, error: Exception) -> Problem:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, json.JSONDecodeError):
+        return Problem(f"{path}:{cause.lineno}", f"bad JSON: {cause.msg} at column {cause.colno}")
     if isinstance(cause, UnicodeDecodeError):
         return Problem(f"{path}:{_undecodable(path)}", f"not UTF-8 text: {cause.reason}")
     return Problem(str(path), f"cannot be read: {type(cause).__name__}: {cause}".rstrip(": "))
 
 
 def _undecodable(path: Path) -> int:
-    import fsspec  # type: ignore[import-untyped]
-
-    with fsspec.open(str(path), "rb", compression="infer") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 line.decode("utf-8")

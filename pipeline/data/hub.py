@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from accrete.pipeline.data.config import TaskConfig
@@ -13,6 +14,11 @@ from accrete.pipeline.data.names import listing
 from accrete.pipeline.errors import DataError
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def first_lines(error: Exception) -> str:
+    """An error of `datasets` in one line; its second one lists the configurations there are."""
+    return " ".join(str(error).split("\n")[:2]).strip()
 
 
 class HubRows:
@@ -64,9 +70,14 @@ class HubRows:
             yield Problem(name, "the split is empty: it has no rows")
 
     def identity(self, split: str, sha256: Any) -> list[str]:
-        """The commit (or, for a local folder, the content key) that `datasets` resolved."""
-        task = self._task
-        return [self._id, str(task.config), self._splits[split], str(self._builder.hash)]
+        """The commit that `datasets` resolved; for a local folder, the hash of every file as well.
+
+        Its own key of a folder whose README lists the files does not change with their rows.
+        """
+        task, theirs = self._task, self._splits[split]
+        files = (Path(name) for name in (self._builder.config.data_files or {}).get(theirs, ()))
+        content = [sha256(path) for path in files if path.is_file()]
+        return [self._id, str(task.config), theirs, str(self._builder.hash), *content]
 
     def _options(self) -> dict[str, Any]:
         return {"path": self._id, "name": self._task.config, "revision": self._task.revision}
@@ -108,16 +119,14 @@ class HubRows:
         return dict(wanted)
 
     def _stream(self, split: str) -> Any:
-        import datasets
-
-        return datasets.load_dataset(**self._options(), split=self._splits[split], streaming=True)
+        # Of the builder at hand: another `load_dataset` may find a newer commit than `identity`.
+        return self._builder.as_streaming_dataset(split=self._splits[split])
 
     def _unreachable(self, error: Exception) -> str:
         config = f" ({self._task.config})" if self._task.config else ""
-        first = str(error).strip().splitlines()
         return (
             f"Task {self._task.name!r}: hub data set {self._id!r}{config} cannot be opened: "
-            f"{type(error).__name__}: {first[0] if first else ''}\n"
+            f"{type(error).__name__}: {first_lines(error)}\n"
             "Check its name and `config`. For nodes without network: `accrete fetch RECIPE` on a "
             "machine that has it, with the same HF_HOME and ACCRETE_CACHE or a copy of them; or "
             "save the rows as JSON lines or Parquet and list them under the task's `files:`."

@@ -6,7 +6,6 @@ says about the task.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -181,15 +180,8 @@ def _natural_instructions(root: Path, task: TaskConfig, data: DataConfig) -> Loc
 
 
 def _schema(file: Path) -> tuple[str | None, tuple[tuple[str, str], ...]]:
-    """Instruction and worked examples of a file in the schema of Natural Instructions.
-
-    Raises:
-        DataError: It is not JSON; names the line.
-    """
-    try:
-        definition, listed = read_fields(file, "Definition", "Positive Examples")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    """Instruction and worked examples of a file in the schema of Natural Instructions."""
+    definition, listed = read_fields(file, "Definition", "Positive Examples")
     if isinstance(definition, list):
         definition = definition[0] if definition else None
     shown = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []

@@ -24,6 +24,11 @@ from accrete.pipeline.data.sources import Source
 CHUNK = 1000
 """Rows tokenised in one call."""
 
+UNKNOWN = (
+    "the tokenizer has no token for a part of the answer, so answers that differ only there are "
+    "the same to training and scores"
+)
+
 SHOWN_PER_SPLIT = 5
 SHOWN = 20
 
@@ -70,12 +75,13 @@ class Counts:
     answer_sum: int = 0
     answer_max: int = 0
     labels: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    """What deserves a warning -> the rows, by file and line."""
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """What deserves a warning -> the number of rows, and the first by file and line."""
 
     def note(self, what: str, where: str) -> None:
         """Remember an oddity that is no error."""
-        self.notes.setdefault(what, []).append(where)
+        count, first = self.notes.get(what, (0, where))
+        self.notes[what] = (count + 1, first)
 
     def add(self, row: Encoding) -> None:
         """Count one tokenised row."""
@@ -222,6 +228,8 @@ class SplitPreflight:
                     EncodedRow(example.id, encoding.prompt, encoding.answer, number + len(rows))
                 )
             self.counts.add(encoding)
+            if encoding.unknown:
+                self.counts.note(UNKNOWN, example.where)
         # After a problem nothing is kept, and references would no longer stand beside their rows.
         if len(rows) == len(examples):
             writer.add(rows, None if self._training else [e.references for e in examples])
@@ -257,8 +265,8 @@ class SplitPreflight:
     def warnings(self) -> list[str]:
         """What a user should know about this split."""
         said = [
-            f"{self._split}: {what}: {len(rows)} rows, first at {rows[0]}"
-            for what, rows in self.counts.notes.items()
+            f"{self._split}: {what}: {count} rows, first at {first}"
+            for what, (count, first) in self.counts.notes.items()
         ]
         unseen = [label for label, count in self.counts.labels.items() if count == 0]
         if unseen:

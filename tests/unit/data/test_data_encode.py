@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +133,7 @@ def test_slow_tokenizers_are_cut_by_parts(bytes_folder: str) -> None:
         def __init__(self, inner: Any) -> None:
             self.inner = inner
             self.bos_token_id, self.eos_token_id = inner.bos_token_id, inner.eos_token_id
+            self.unk_token_id = inner.unk_token_id
 
         def __call__(self, texts: list[str], **options: Any) -> Any:
             assert "return_offsets_mapping" not in options
@@ -167,6 +171,44 @@ def test_cut_at_the_start_leaves_no_half_characters(bytes_folder: str) -> None:
         assert "\ufffd" not in said
         assert len(row.prompt) <= cap
         assert said.endswith("\nAnswer:")
+
+
+def test_spaces_without_offsets_can_be_cut(tmp_path: Path, bytes_folder: str) -> None:
+    """Trimmed offsets, as BART has them, give a token of spaces no character of the text."""
+    settings = json.loads((Path(bytes_folder) / "tokenizer.json").read_text())
+    settings["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    shutil.copytree(bytes_folder, tmp_path / "trimmed")
+    (tmp_path / "trimmed" / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path / "trimmed"))
+    text = "|       yes       | no |\n" * 60
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    assert sum(a == b for a, b in spans) > len(spans) / 3
+    prompt = Prompt("Decide.\n", text, "\nAnswer:")
+    for cut in ("end", "start"):
+        (row,) = encoder(tokenizer, "bytes", 100, cut=cut).encode([prompt], ["good"])
+        said = tokenizer.decode(row.prompt[1:])
+        assert (row.fits, row.cut, len(row.prompt)) == (True, True, 100)
+        assert said.startswith("Decide.\n")
+        assert said.endswith("\nAnswer:")
+
+
+def test_code_that_comes_with_a_tokenizer_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "odd"}')
+    settings = {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["odd.Odd", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "odd.py").write_text("raise AssertionError('was run')\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    with pytest.raises(ModelError, match="custom code"):
+        load_tokenizer(str(tmp_path))
+    assert asked == []
 
 
 def test_bad_tokenizers(tmp_path: Any, bytes_folder: str) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from data_samples import WriteRows, rows_of
 
 from accrete.pipeline.data.config import ColumnsConfig, DataConfig, TaskConfig
-from accrete.pipeline.data.examples import Problem
+from accrete.pipeline.data.examples import Columns, Problem, RowParser
 from accrete.pipeline.data.files import Record, iter_records, read_fields
 from accrete.pipeline.data.sources import describe_task, open_source, read_examples
 from accrete.pipeline.errors import DataError
@@ -209,6 +212,45 @@ def test_damaged_compression_names_the_file(tmp_path: Path, write_rows: WriteRow
         )
 
 
+def test_zstd_files_are_read_to_their_end_or_refused(tmp_path: Path) -> None:
+    """Cut off where a block ends, between two rows: nothing but the missing end of it shows."""
+    lines = [json.dumps(r).encode() + b"\n" for r in ROWS]
+    packer = zstandard.ZstdCompressor().compressobj()
+    blocks = [packer.compress(x) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for x in lines]
+    frame = b"".join(blocks) + packer.flush()
+    skipped = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"
+    (tmp_path / "whole.jsonl.zst").write_bytes(frame + skipped + frame)
+    (tmp_path / "cut.jsonl.zst").write_bytes(b"".join(blocks[:6]))
+    assert len([*iter_records(tmp_path / "whole.jsonl.zst")]) == 2 * len(ROWS)
+    (said,) = problems(tmp_path, "cut.jsonl.zst")
+    assert said.startswith(f"{tmp_path}/cut.jsonl.zst: cannot be read: OSError: Truncated")
+
+
+@pytest.mark.parametrize("folder", ["a::b", "http:", "a [1]", "é#1%20"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_odd_folders(tmp_path: Path, write_rows: WriteRows, folder: str, name: str) -> None:
+    path = write_rows(tmp_path / folder / name, ROWS)
+    assert [r.value for r in iter_records(path) if isinstance(r, Record)] == ROWS
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "a.parquet")
+    assert problems(tmp_path, "a.parquet") == [
+        f"{tmp_path}/a.parquet: the file is empty: it has no rows"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(date(2020, 1, 2), "a date"), (b"yes", "a bytes"), (["a", 1.5], "a number")],
+)
+def test_a_type_that_json_does_not_have_is_named(value: Any, words: str) -> None:
+    parser = RowParser("t", "train", Columns())
+    problem = parser.parse({"input": "x", "output": value}, "a.parquet:row 1", 0)
+    assert isinstance(problem, Problem)
+    assert f"this is {words}" in problem.what
+
+
 def test_cut_array_keeps_the_rows_before_the_cut(tmp_path: Path) -> None:
     text = json.dumps(ROWS[:3], indent=1)
     (tmp_path / "a.json").write_text(text[: text.rindex('"output"')])
@@ -242,3 +284,16 @@ def test_read_fields_stops_at_the_keys(tmp_path: Path) -> None:
     assert read_fields(tmp_path / "a.json", "Definition") == [["d"]]
     (tmp_path / "b.json").write_text('{"Definition": ["d"], "Instances": []}')
     assert read_fields(tmp_path / "b.json", "Instances", "Definition", "x") == [[], ["d"], None]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"Definition": [1,\n}', "a.json:2: bad JSON"),
+        (b'{\n"Definition": "caf\xe9"}', "a.json:2: not UTF-8 text"),
+    ],
+)
+def test_read_fields_names_the_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path}/{said}")):
+        read_fields(tmp_path / "a.json", "Definition")

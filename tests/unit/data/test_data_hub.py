@@ -8,7 +8,9 @@ import pytest
 from data_samples import WriteRows
 
 from accrete.pipeline.data.config import ColumnsConfig, DataConfig, TaskConfig
+from accrete.pipeline.data.prepare import prepare_sequence
 from accrete.pipeline.data.sources import describe_task, read_examples
+from accrete.pipeline.data.store import open_eval
 from accrete.pipeline.errors import DataError
 
 
@@ -76,3 +78,40 @@ def test_hub_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hub data set 'nobody/nothing-here' (small) cannot be opened" in said
     assert "accrete fetch RECIPE" in said
     assert "HF_HOME" in said
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_new_rows_of_a_cloned_data_set_are_not_taken_for_the_old(
+    tmp_path: Path, write_rows: WriteRows, t5_folder: str
+) -> None:
+    """The key that `datasets` gives a folder whose README lists its files says nothing of them."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    listed = "".join(f"\n  - split: {s}\n    path: data/{s}.jsonl" for s in ("train", "test"))
+    head = f"configs:\n- config_name: default\n  data_files:{listed}"
+    (folder / "README.md").write_text(f"---\n{head}\n---\n")
+    task = TaskConfig(name="h", dataset=str(folder))
+    found = []
+    for answer in ("good", "bad", "good"):
+        for split in ("train", "test"):
+            write_rows(folder / "data" / f"{split}.jsonl", [{"input": "x", "output": answer}])
+        (handle,) = prepare_sequence(
+            [task], DataConfig(format="hub"), t5_folder, True, tmp_path / "cache", 0
+        )
+        found.append(handle)
+        assert open_eval(handle).references(0) == (answer,)
+    assert found[0] == found[2]
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_data_set_that_needs_a_config_names_those_there_are(
+    tmp_path: Path, write_rows: WriteRows
+) -> None:
+    configs = ""
+    for name in ("copa", "rte"):
+        write_rows(tmp_path / "set" / name / "train.jsonl", [{"input": "x", "output": "y"}])
+        configs += f"- config_name: {name}\n  data_files: {name}/*.jsonl\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    task = TaskConfig(name="h", dataset=str(tmp_path / "set"))
+    with pytest.raises(DataError, match=r"available configs: \['copa', 'rte'\]"):
+        describe_task(task, DataConfig(format="hub"))

@@ -88,6 +88,19 @@ def test_half_characters_are_named_with_the_other_problems(
         assert f"t, train: {file}:{line}: {words}" in said
 
 
+def test_answers_that_the_tokenizer_cannot_tell_apart_give_a_warning(
+    prepare: Prepare, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    """T5 has no Chinese: one token stands for every label, and a score says that all is right."""
+    labels = ("\u597d", "\u574f")
+    write_rows(tmp_path / "t" / "train.jsonl", rows_of(20, labels))
+    (handle,) = prepare(task(labels=[*labels, "good", "bad"]))
+    answers = {tuple(row.answer) for row in open_train(handle, 0, 0, 20, 1).rows(0, 0, 1)}
+    assert len(answers) == 1
+    (said,) = (w for w in handle.stats.warnings if "no token" in w)
+    assert said.endswith(f"20 rows, first at {tmp_path}/t/train.jsonl:1")
+
+
 def test_streaming_and_its_threshold(prepare: Prepare) -> None:
     assert prepare(task(), streaming=True)[0].streamed
     assert prepare(task(), stream_above_rows=19)[0].streamed
