@@ -149,7 +149,8 @@ def _told(line: Line) -> str:
 
 
 def _test_row(test: PairedTest) -> list[str]:
-    interval = f"{test.interval.low:+.1f} to {test.interval.high:+.1f}"
+    spread = test.interval
+    interval = "-" if spread is None else f"{spread.low:+.1f} to {spread.high:+.1f}"
     p_values = [_p(value) for value in (test.p_value, test.p_holm, test.p_bootstrap)]
     seeds = _seeds(test.seeds)
     return [f"{test.a} - {test.b}", seeds, f"{test.difference:+.1f}", interval, *p_values]
@@ -161,7 +162,9 @@ def _cell(summary: Summary) -> str:
     return f"{summary.mean:.1f}" + ("" if summary.sd is None else f" ± {summary.sd:.1f}")
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

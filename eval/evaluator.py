@@ -196,7 +196,12 @@ class SequenceEvaluator:
         logits = view.logits(batch)
         labels = batch.labels.to(logits.device)
         right = (logits.argmax(dim=-1) == labels) | (labels < 0)
-        return [bool(hit) for hit in right.all(dim=-1).tolist()[: len(rows)]]
+        hits = right.all(dim=-1).tolist()[: len(rows)]
+        # An answer may be longer where a run is scored again with a smaller data.max_target_tokens.
+        return [
+            hit and len(row.answer) <= self._max_new_tokens
+            for row, hit in zip(rows, hits, strict=True)
+        ]
 
     def _generate(self, budget: int, view: ModelView, rows: list[EncodedRow]) -> list[_Decoded]:
         batch = self._collator.prompts(rows, num_rows=max(1, len(rows)))
@@ -241,8 +246,8 @@ class SequenceEvaluator:
     def _score_text(self, task: OpenTask, row: int, decoded: _Decoded) -> RowScore:
         """Score decoded text by the task's metric.
 
-        The row's own answer token for token is right even where the tokenizer cannot spell it back,
-        so that decoding never finds fewer exact matches than the forward pass.
+        The row's own answer token for token is right even where the tokenizer cannot spell it back;
+        a further reference that it cannot spell is met by the forward pass alone.
         """
         measure, references = MEASURES[task.handle.metric], task.references[row]
         source = self._text(task.rows.take([row])[0].prompt) if measure.reads_source else ""

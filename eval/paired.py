@@ -23,12 +23,13 @@ class PairedTest:
     """The seeds that both have."""
     difference: float
     """Average performance of `a` minus that of `b`, in points, over those seeds."""
-    interval: Interval
+    interval: Interval | None
+    """None, as `p_bootstrap`, where the rows are too few or too much alike to resample."""
     p_value: float
     """Two-sided p that the differences of the rows are symmetric around 0, by their signs."""
     exact: bool
     """Whether `p_value` counts all signs (McNemar's test for one seed) or draws them."""
-    p_bootstrap: float
+    p_bootstrap: float | None
     p_holm: float
     """`p_value` after Holm's correction over all pairs of the setting."""
 

@@ -80,7 +80,8 @@ def _grams(words: Sequence[str], n: int) -> Grams:
 
 
 def _words(text: str) -> list[str]:
-    return str(_tokenizer()(text.lower())).split()
+    """A blank text is one empty word, as it is for TRACE: a word that was added."""
+    return str(_tokenizer()(text.lower())).split(" ")
 
 
 @lru_cache(maxsize=1)

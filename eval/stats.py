@@ -36,8 +36,9 @@ class PairedDifference:
     """Difference of two methods on the same rows, in percent points, and what speaks for it."""
 
     difference: float
-    interval: Interval
-    p_bootstrap: float
+    interval: Interval | None
+    p_bootstrap: float | None
+    """Both None where every draw gives the same difference: see `interval`."""
 
 
 def resample_means(scores: Array, resamples: int, rng: np.random.Generator) -> Array:
@@ -114,11 +115,11 @@ def paired_bootstrap(
     values = 100.0 * np.mean(np.stack(means), axis=0)
     observed = 100.0 * float(np.mean([np.mean(d) for d in differences]))
     tail = 1 + min(int(np.sum(values <= 0)), int(np.sum(values >= 0)))
-    low, high = np.quantile(values, [0.025, 0.975])
+    spread = interval(values)
     return PairedDifference(
         difference=observed,
-        interval=Interval(low=float(low), high=float(high)),
-        p_bootstrap=min(1.0, 2 * tail / (resamples + 1)),
+        interval=spread,
+        p_bootstrap=None if spread is None else min(1.0, 2 * tail / (resamples + 1)),
     )
 
 

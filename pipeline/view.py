@@ -68,6 +68,9 @@ class LiveModel:
                 past_key_values=self._cache(),
                 pad_token_id=self._facts.pad_id,
                 eos_token_id=self._facts.eos_id,
+                # As training has it: a checkpoint's generation_config.json may lack it, or name
+                # another.
+                decoder_start_token_id=self._facts.decoder_start_id,
                 synced_gpus=self._synced,
             )
         skip = 1 if self.seq2seq else inputs["input_ids"].shape[1]

@@ -82,11 +82,17 @@ def read_facts(path: str | Path, tokenizer: Any, revision: str | None = None) ->
             f"The tokenizer of {path} has no end-of-sequence token; accrete needs one."
         )
     pad = tokenizer.pad_token_id
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if pad is None or (size is not None and pad >= size):
+        pad = eos  # never attended; a token that the model has no embedding for ends in an error
     seq2seq = bool(config.is_encoder_decoder)
     start = getattr(config, "decoder_start_token_id", None) if seq2seq else None
     if seq2seq and start is None:
+        # T5Gemma says it in its decoder's part alone.
+        start = getattr(getattr(config, "decoder", None), "bos_token_id", None)
+    if seq2seq and start is None:
         raise ModelError(f"{path}/config.json has no decoder_start_token_id; add it.")
-    return ModelFacts(seq2seq, int(eos if pad is None else pad), int(eos), start)
+    return ModelFacts(seq2seq, int(pad), int(eos), start)
 
 
 def base_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

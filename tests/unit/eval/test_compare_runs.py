@@ -51,6 +51,7 @@ def test_one_seed_is_mcnemars_test(tmp_path: Path) -> None:
     assert test.p_value == pytest.approx(mcnemar_exact(only_good, only_bad))
     assert test.p_holm == test.p_value  # one pair only
     assert test.difference == pytest.approx(25.0)
+    assert test.interval is not None
     assert test.interval.low < 25.0 < test.interval.high
     assert (test.a, test.b) == ("ewc_lora", "sequential")
 

@@ -152,5 +152,7 @@ def test_a_reference_too_long_to_decode_cannot_be_hit() -> None:
     assert not scripted_score(long, ("yes", long)).correct
     short = " ".join(["world"] * (MAX_NEW - 1))
     assert scripted_score(short, ("yes", short)).correct
+    assert not scripted_score(long, (long,)).correct
+    assert scripted_score(short, (short,)).correct
     # Cut to what fits, the long reference would be met by an answer that is not it.
     assert not scripted_score(short, ("yes", long)).correct

@@ -125,6 +125,8 @@ def test_sari_by_hand() -> None:
     assert sari("a b", "a", ["a"]) == 1.0
     # Unchanged: of words, P 1/2 and R 1 of keeping; of pairs, the kept one is wrong; the rest is 1.
     assert sari("a b", "a b", ["a"]) == pytest.approx(((2 / 3 + 2) + (0 + 2) + 3 + 3) / 12)
+    # Nothing said: that empty word was added, though nothing was to be.
+    assert sari("a b", " ", ["a"]) == pytest.approx((1 / 2 + 3 + 3 + 3) / 12)
     # Punctuation is a word of its own, case does not count.
     assert sari("A b.", "a B .", ["A B ."]) == 1.0
     with pytest.raises(ValueError, match="reference"):
@@ -145,7 +147,7 @@ def sari_by_lists(source: list[str], said: list[str], right: list[str]) -> float
 
     total = 0.0
     for n in (1, 2, 3, 4):
-        a, b, c = (Counter(grams(words, n)) for words in (source, said, right))
+        a, b, c = (Counter(grams(words or [""], n)) for words in (source, said, right))
         kinds = set(a) | set(b) | set(c)
         kept = {g: min(a[g], b[g]) for g in kinds if min(a[g], b[g])}
         good = {g: min(a[g], c[g]) for g in kinds if min(a[g], c[g])}

@@ -67,6 +67,13 @@ def test_scores_between_0_and_1_are_tested_as_they_are(tmp_path: Path) -> None:
 def test_the_same_scores_are_no_difference(tmp_path: Path) -> None:
     test = one_test(tmp_path, [[0.6, 0.2], [0.5, 0.1]], [[0.6, 0.2], [0.5, 0.1]])
     assert (test.difference, test.p_value, test.p_holm) == (0.0, 1.0, 1.0)
+    assert (test.interval, test.p_bootstrap) == (None, None)
+    (row,) = [
+        line
+        for line in to_text(compare_runs([tmp_path / "m1", tmp_path / "m2"])).splitlines()
+        if "m1 - m2" in line
+    ]
+    assert row.split()[-5:] == ["+0.0", "-", "1.000", "1.000", "-"]
 
 
 def test_one_task_of_0_or_1_is_counted_exactly(tmp_path: Path) -> None:

@@ -188,13 +188,26 @@ def test_paired_bootstrap_sees_a_difference_and_its_absence() -> None:
     same = [draw.permutation([1.0, -1.0] * 50 + [0.0] * 100) for _ in range(3)]
     none = paired_bootstrap(same)
     assert none.difference == pytest.approx(0.0)
+    assert none.interval is not None
     assert none.interval.low < 0 < none.interval.high
+    assert none.p_bootstrap is not None
     assert none.p_bootstrap > 0.3
     better = [np.array([1.0] * 30 + [0.0] * 70), np.array([1.0] * 10 + [0.0] * 10)]
     some = paired_bootstrap(better)
     assert some.difference == pytest.approx(100 * (0.3 + 0.5) / 2)  # tasks count alike
+    assert some.interval is not None
     assert some.interval.low > 20
+    assert some.p_bootstrap is not None
     assert some.p_bootstrap < 0.01
+
+
+@pytest.mark.parametrize("differences", [[1.0], [1.0, 1.0, 1.0], [0.0, 0.0]])
+def test_rows_without_variety_say_nothing_by_resampling(differences: list[float]) -> None:
+    """A single row won would be a difference of 100 to 100 points, with p 0.001."""
+    found = paired_bootstrap([np.array(differences)])
+    assert found.difference == pytest.approx(100 * differences[0])
+    assert found.interval is None
+    assert found.p_bootstrap is None
 
 
 def test_paired_bootstrap_is_reproducible_and_antisymmetric() -> None:

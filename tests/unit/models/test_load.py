@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ from accrete.pipeline.models.load import (
     LAYER_DROPS,
     base_dtype,
     load_base,
+    read_facts,
     set_dropout,
     unknown_inputs,
 )
@@ -64,6 +66,11 @@ SMALL_PAIR = {
 }
 T5GEMMA = {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32}
 CPU = torch.device("cpu")
+
+
+def a_t5gemma(**settings):
+    encoder, decoder = T5GemmaModuleConfig(**T5GEMMA), T5GemmaModuleConfig(**T5GEMMA)
+    return T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=30, **settings)
 
 
 def models():
@@ -166,14 +173,7 @@ def test_dropout_by_any_name(tmp_path, family, dropout):
                 **sizes, hidden_size=16, intermediate_size=32, num_key_value_heads=1, head_dim=8
             )
         ),
-        "t5gemma": lambda: T5GemmaForConditionalGeneration(
-            T5GemmaConfig(
-                encoder=T5GemmaModuleConfig(**T5GEMMA),
-                decoder=T5GemmaModuleConfig(**T5GEMMA),
-                vocab_size=30,
-                dropout_rate=0.1,
-            )
-        ),
+        "t5gemma": lambda: T5GemmaForConditionalGeneration(a_t5gemma(dropout_rate=0.1)),
     }[family]()
     made.save_pretrained(tmp_path)
     base = load_base(tmp_path, ModelConfig(path=str(tmp_path), dropout=dropout), CPU).train()
@@ -213,6 +213,29 @@ def test_an_output_head_that_is_the_embedding_cannot_be_adapted(tmp_path):
                 AdaptedModel(Qwen2ForCausalLM(config), wanted)
         else:
             assert "lm_head" in AdaptedModel(Qwen2ForCausalLM(config), wanted).layers
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, 1), (5, 5), (29, 29), (30, 1)])
+def test_padding_is_a_token_that_the_model_knows(tmp_path, given, taken):
+    """A padding token that was added to the tokenizer alone has no embedding to look up."""
+    Qwen2Config(**SMALL).save_pretrained(tmp_path)
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=given)
+    assert read_facts(tmp_path, tokenizer).pad_id == taken
+
+
+def test_where_an_answer_starts(tmp_path):
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    settings = a_t5gemma()
+    settings.save_pretrained(tmp_path)
+    start = read_facts(tmp_path, tokenizer).decoder_start_id
+    made = T5GemmaForConditionalGeneration(settings)
+    shifted = made.prepare_decoder_input_ids_from_labels(torch.tensor([[9, 1]]))
+    assert start == shifted[0, 0] == 2
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no decoder_start_token_id"):
+        read_facts(tmp_path, tokenizer)
+    T5Config(decoder_start_token_id=0).save_pretrained(tmp_path)
+    assert read_facts(tmp_path, tokenizer).decoder_start_id == 0
 
 
 def test_precision():

@@ -41,12 +41,10 @@ def without_a_cache(model: Any, inputs: dict[str, torch.Tensor], tokens: int) ->
     return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 2), (3, 1)])
-def test_stacks_of_unequal_depth_decode(encoder: int, decoder: int) -> None:
-    model = a_t5(encoder, decoder)
+def check_decoding(model: Any) -> None:
     engine = SimpleNamespace(module=model, rank=0, world=1, device=torch.device("cpu"))
     adapted: Any = SimpleNamespace(decoding=lambda keep_casts: nullcontext())
-    facts: Any = SimpleNamespace(seq2seq=True, pad_id=PAD, eos_id=EOS)
+    facts: Any = SimpleNamespace(seq2seq=True, pad_id=PAD, eos_id=EOS, decoder_start_id=PAD)
     ids = torch.tensor([[5, 9, 30, 2], [7, 7, PAD, PAD]])
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
     labels = torch.zeros(2, 1, dtype=torch.long)
@@ -55,3 +53,16 @@ def test_stacks_of_unequal_depth_decode(encoder: int, decoder: int) -> None:
     expected = without_a_cache(model, inputs, 6)
     assert found == expected
     assert len({tuple(row) for row in expected}) == 2  # the prompt matters
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 2), (3, 1)])
+def test_stacks_of_unequal_depth_decode(encoder: int, decoder: int) -> None:
+    check_decoding(a_t5(encoder, decoder))
+
+
+@pytest.mark.parametrize("start", [None, 7])
+def test_decoding_starts_as_training_does(start: int | None) -> None:
+    """Whatever generation_config.json says: without a start token `generate` would fail."""
+    model = a_t5(2, 2)
+    model.generation_config.decoder_start_token_id = start
+    check_decoding(model)
