@@ -11,7 +11,7 @@ are of like lengths, so that the first rows alone would be of a few lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import nn
 from accrete.pipeline.data.collate import IGNORED
 from accrete.pipeline.data.encode import EncodedRow
 from accrete.pipeline.data.mix import Reader
-from accrete.pipeline.distributed.comm import sum_to_owners
+from accrete.pipeline.distributed.comm import sum_over_ranks, sum_to_owners
+from accrete.pipeline.errors import MethodError
 from accrete.pipeline.layer_hooks import Visit, same, shown, sides, watched
 from accrete.pipeline.math.subspace import add_outer
 from accrete.pipeline.stage import Stage, row_losses
@@ -195,13 +196,46 @@ def covariances(
     Returns:
         Name of an owned input -> [d, d].
 
+    Raises:
+        MethodError: See `require_finite`.
+
     Collective: yes.
     """
     engine = stage.engine
     totals = {name: torch.zeros(size, size, device=engine.device) for name, size in sizes.items()}
     visit_inputs(stage, lambda name, x: add_outer(totals[name], x), max_rows=max_rows)
+    require_finite(stage, totals.values(), "inputs of the layers")
     sum_to_owners(totals, owners, engine.rank, engine.world)
     return totals
+
+
+def require_finite(stage: Stage, sums: Iterable[torch.Tensor], what: str) -> None:
+    """Let no nan or infinity into what a method keeps.
+
+    A decomposition of one fails on the rank that makes it, or returns directions all the same.
+
+    Args:
+        stage: The stage whose rows were passed over.
+        sums: What this rank has added up in the pass, or its part of it.
+        what: What they are sums of.
+
+    Raises:
+        MethodError: On every rank, if the sums of any are not finite.
+
+    Collective: yes.
+    """
+    wrong = torch.zeros((), device=stage.engine.device)
+    for tensor in sums:
+        wrong += ~tensor.sum().isfinite()  # of its entries by themselves it would make copies
+    if sum_over_ranks(wrong, stage.engine.world) == 0:
+        return
+    raise MethodError(
+        f"The {what} in a pass over the rows of task {stage.name} (stage {stage.index}) are not "
+        "all finite; the method's memory was not changed. Either the training has diverged: lower "
+        "train.learning_rate in a new run, or in a branch from an earlier stage. Or some rows meet "
+        "weights of the base model that are not finite, such as a token's embedding: look for "
+        "those, or leave such rows out."
+    )
 
 
 def input_names(stage: Stage) -> dict[str, str]:

@@ -69,7 +69,7 @@ def join_bases(first: torch.Tensor | None, second: torch.Tensor | None) -> torch
         return None if only is None else only.double()
     basis = first.double()
     outside = residual(residual(second.double().T, basis), basis)
-    if outside.abs().max() <= DEPENDENT:
+    if not bool((outside.abs() > DEPENDENT).any()):  # a weight of zeros has no direction at all
         return basis
     values, rows = right_singular(outside)
     return torch.cat([basis, _orthonormal(rows[values > DEPENDENT], basis).T], dim=1)

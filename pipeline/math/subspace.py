@@ -4,7 +4,7 @@ Pure tensor functions. Shapes: x [n, d] inputs of n tokens; C [d, d] = sum or me
 uncentred; a basis M [d, m] with M^T M = I, its columns in order of importance.
 
 Energy is always the share of the trace of C, that is of the squared length of the inputs. Some
-references square the eigenvalues of C instead (InfLoRA's DualGPM); that is `power=2`.
+references square the eigenvalues of C instead (InfLoRA's DualGPM): see `dual_gpm.powered`.
 """
 
 from __future__ import annotations
@@ -43,19 +43,18 @@ def eigenpairs(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.float(), (vectors * top.sign()).float()
 
 
-def rank_for(values: torch.Tensor, share: float, power: int = 1, kept: float = 0.0) -> int:
+def rank_for(values: torch.Tensor, share: float, kept: float = 0.0) -> int:
     """How many leading values hold `share` of the whole.
 
     Args:
         values: [d] energies, largest first, without what is already kept.
         share: Wanted share in (0, 1].
-        power: 2 counts squared values, as DualGPM does.
-        kept: Energy (with the power applied) that a basis holds already.
+        kept: Energy that a basis holds already.
 
     Returns:
         The smallest k for which kept + the first k reach the share; 0 if kept alone does.
     """
-    energy = values.double().pow(power)
+    energy = values.double()
     total = kept + float(energy.sum())
     if total <= 0.0:
         return 0
@@ -67,10 +66,10 @@ def rank_for(values: torch.Tensor, share: float, power: int = 1, kept: float = 0
     return int((reached < wanted).sum()) + 1
 
 
-def principal_basis(covariance: torch.Tensor, share: float, power: int = 1) -> torch.Tensor:
+def principal_basis(covariance: torch.Tensor, share: float) -> torch.Tensor:
     """The leading eigenvectors [d, k] that hold `share` of a covariance's energy."""
     values, vectors = eigenpairs(covariance)
-    return vectors[:, : max(1, rank_for(values, share, power))].contiguous()
+    return vectors[:, : max(1, rank_for(values, share))].contiguous()
 
 
 def residual(rows: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
@@ -78,16 +77,13 @@ def residual(rows: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
     return rows if basis is None else rows - (rows @ basis) @ basis.T
 
 
-def grow_basis(
-    basis: torch.Tensor | None, covariance: torch.Tensor, share: float, limit: int | None = None
-) -> torch.Tensor:
+def grow_basis(basis: torch.Tensor | None, covariance: torch.Tensor, share: float) -> torch.Tensor:
     """Append directions until a basis holds `share` of a covariance's energy.
 
     Args:
         basis: [d, m] with orthonormal columns, or None.
         covariance: [d, d].
         share: Wanted share of the trace.
-        limit: Most columns of the result; default d.
 
     Returns:
         [d, m'] with m' >= m; the old columns come first, unchanged. Orthonormal to fp32.
@@ -95,11 +91,8 @@ def grow_basis(
     Source: GPM (Saha et al., 2021), on the covariance instead of the feature matrix: its
     eigenvectors are the left singular vectors of the features.
     """
-    size = covariance.shape[0]
-    limit = size if limit is None else limit
     if basis is None:
-        found = principal_basis(covariance, share)
-        return found[:, :limit]
+        return principal_basis(covariance, share)
     wide = covariance.double()
     m = basis.double()
     outside = wide - m @ (m.T @ wide)
@@ -107,7 +100,7 @@ def grow_basis(
     total, left = float(wide.trace()), float(outside.trace())
     values, vectors = eigenpairs(outside.to(covariance.dtype))
     count = rank_for(values, share, kept=max(0.0, total - left))
-    count = min(count, limit - basis.shape[1])
+    count = min(count, basis.shape[0] - basis.shape[1])
     if count <= 0:
         return basis
     new = vectors[:, :count].double()

@@ -24,7 +24,7 @@ from accrete.pipeline.errors import ConfigError, DistributedError
 from accrete.pipeline.math.fisher import BLOCK_ELEMENTS
 from accrete.pipeline.math.fisher_variants import diagonal_penalty
 from accrete.pipeline.methods.base import Method, MethodConfig
-from accrete.pipeline.statistics import visit_row_gradients
+from accrete.pipeline.statistics import require_finite, visit_row_gradients
 
 if TYPE_CHECKING:
     from accrete.pipeline.stage import Stage
@@ -183,6 +183,7 @@ class Ewc(Method):
             token_mean=self.settings.fisher_tokens == "mean",
             max_rows=self.settings.fisher_rows,
         )
+        require_finite(stage, totals.values(), "gradients")
         for name in list(totals):
             fresh = reduce_rows(totals.pop(name), rank, world).div_(count)
             weight = _rows(stage.engine.value(name))

@@ -21,7 +21,7 @@ from accrete.pipeline.math.fisher_variants import (
     diagonal_penalty,
     rank1_penalty,
 )
-from accrete.pipeline.statistics import visit_gradients
+from accrete.pipeline.statistics import require_finite, visit_gradients
 
 if TYPE_CHECKING:
     from accrete.pipeline.methods.ewc_lora import EwcLoraConfig
@@ -56,8 +56,16 @@ class FisherMemory(ABC):
         """A task starts; the factors hold what it starts from. Collective: see `Stage.read`."""
 
     def measure(self, stage: Stage) -> None:
-        """Add the Fisher of the stage's rows at the present weights. Collective: yes."""
-        for name, fresh in self._estimate(stage).items():
+        """Add the Fisher of the stage's rows at the present weights.
+
+        Raises:
+            MethodError: See `require_finite`.
+
+        Collective: yes.
+        """
+        found = self._estimate(stage)
+        require_finite(stage, found.values(), "gradients")
+        for name, fresh in found.items():
             old = self.kept.get(name)
             self.kept[name] = fresh if old is None else old.mul_(self.settings.gamma).add_(fresh)
 

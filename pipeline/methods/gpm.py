@@ -143,6 +143,18 @@ class Gpm(Method):
                 self._handles.append(handle)
             else:
                 self._kept[layer.name] = stage.engine.value(layer.parameter) @ basis
+        self._warn_of_full_spaces(stage)
+
+    def _warn_of_full_spaces(self, stage: Stage) -> None:
+        """Say it before the training when there is nothing that an update could move."""
+        bases = [self.memory[name] for name in set(self._inputs.values()) if name in self.memory]
+        full = sum(basis.shape[0] == basis.shape[1] for basis in bases)
+        if full and not stage.restored:
+            stage.warnings.append(
+                f"the memory holds all directions of {full} of {len(bases)} layer inputs, so the "
+                "linear layers that read them stay as they are. Lower method.threshold to leave "
+                "more room."
+            )
 
     def after_step(self, stage: Stage) -> None:
         """Take out of the update what earlier inputs would see. Collective: at ZeRO 3."""

@@ -125,18 +125,32 @@ class InfLora(Method):
         for name in list(totals):
             inputs = powered(totals.pop(name), self.settings.power)
             found[name] = open_directions(self.memory.get(name), inputs, rank)
-        narrow = 0
+        narrow = closed = 0
         for name, owner in self._owners.items():
             layers = readers[name]
             a = torch.zeros(rank, self._sizes[name], device=self._device)
             if name in found:
                 a[: len(found[name])] = found[name] / math.sqrt(3)
             broadcast(a, owner, world)
-            narrow += int((a.abs().sum(1) == 0).any())
+            hosted = int(a.any(1).sum())
+            narrow, closed = narrow + (hosted < rank), closed + (hosted == 0)
             for layer in layers:
                 stage.write(layer.a, a)
         if narrow:
             stage.notes["inputs_without_room"] = float(narrow)
+            self._warn(stage, narrow, closed)
+
+    def _warn(self, stage: Stage, narrow: int, closed: int) -> None:
+        """Say it before the training when A found too few free directions."""
+        if stage.restored:  # it was said
+            return
+        total = len(self._sizes)
+        effect = "nothing can be learned of this task" if closed == total else "less is learned"
+        stage.warnings.append(
+            f"{narrow} of {total} layer inputs have fewer free directions left than "
+            f"adapter.rank={stage.config.adapter.rank}, {closed} of them none, so {effect}. Lower "
+            "method.eps to leave more room."
+        )
 
     def _measure(
         self, stage: Stage

@@ -24,7 +24,12 @@ from accrete.pipeline.math.fisher import add_gradients
 from accrete.pipeline.math.row_space import join_bases, residual_rows, row_basis
 from accrete.pipeline.math.subspace import grow_basis
 from accrete.pipeline.methods.base import Method, MethodConfig
-from accrete.pipeline.statistics import covariances, input_names, visit_gradients
+from accrete.pipeline.statistics import (
+    covariances,
+    input_names,
+    require_finite,
+    visit_gradients,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +117,8 @@ class KeepLora(Method):
         self.principal: dict[str, torch.Tensor] = {}
         """Layer -> U_w [d_in, p] on the CPU; this rank's alone."""
         self._inputs: dict[str, str] = {}
+        self._running: set[str] = set()
+        """Layers that have inputs."""
         self._owners: dict[str, int] = {}
         self._decomposed = False
         self._place = (0, 1)
@@ -133,7 +140,9 @@ class KeepLora(Method):
         if self._inputs:
             return
         # A layer that does not run, such as one of a part for pictures, has no gradient: A is zero.
-        self._inputs = {name: name for name in stage.adapted.layers} | input_names(stage)
+        running = input_names(stage)
+        self._running = set(running)
+        self._inputs = {name: name for name in stage.adapted.layers} | running
         shapes = {
             name: (linear.out_features, linear.in_features)
             for name, layer in stage.adapted.layers.items()
@@ -215,6 +224,7 @@ class KeepLora(Method):
             token_mean=self.settings.gradient_tokens == "mean",
             max_rows=self.settings.gradient_rows,
         )
+        require_finite(stage, totals.values(), "gradients")
         comm.sum_to_owners(totals, self._owners, *self._place)
         return {name: total.div_(count) for name, total in totals.items()}
 
@@ -223,7 +233,7 @@ class KeepLora(Method):
     def on_task_end(self, stage: Stage) -> None:
         """Grow the memory by what this task filled, at its final weights. Collective: yes."""
         self._plan(stage)
-        stage.notes["empty_rows"] = float(_empty_rows(stage)[0])
+        stage.notes["empty_rows"] = float(self._empty_rows(stage)[0])
         if self.settings.eps_f > 0:
             features = self.settings.memory == "features"
             seen = self._features(stage) if features else self._gradients(stage)
@@ -247,9 +257,17 @@ class KeepLora(Method):
         }
         return covariances(stage, sizes, self._owners, max_rows=self.settings.feature_rows)
 
+    def _empty_rows(self, stage: Stage) -> tuple[int, int]:
+        """Zero rows of A, and all rows, of the layers that run. Collective: at ZeRO 3."""
+        empty = total = 0
+        for name in sorted(self._running):
+            a = stage.read(stage.adapted.layers[name].a)
+            empty, total = empty + int((a == 0).all(1).sum()), total + len(a)
+        return empty, total
+
     def _warn_of_empty_rows(self, stage: Stage) -> None:
         """Say it before the training when A found no free direction. Collective: at ZeRO 3."""
-        empty, total = _empty_rows(stage)
+        empty, total = self._empty_rows(stage)
         if empty:
             effect = "nothing can be learned of this task" if empty == total else "less is learned"
             stage.warnings.append(
@@ -297,15 +315,6 @@ class KeepLora(Method):
         """Bytes of the bases that this rank keeps."""
         held = [*self.memory.values(), *self.principal.values()]
         return sum(basis.numel() * basis.element_size() for basis in held)
-
-
-def _empty_rows(stage: Stage) -> tuple[int, int]:
-    """How many rows of all A are zero, and how many there are. Collective: at ZeRO 3."""
-    empty = total = 0
-    for layer in stage.adapted.layers.values():
-        a = stage.read(layer.a)
-        empty, total = empty + int((a == 0).all(1).sum()), total + len(a)
-    return empty, total
 
 
 def layer_owners(

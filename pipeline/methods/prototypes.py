@@ -14,7 +14,7 @@ import torch
 from accrete.pipeline.data.collate import IGNORED, Batch
 from accrete.pipeline.distributed.comm import sum_over_ranks
 from accrete.pipeline.math.triplet import unit
-from accrete.pipeline.statistics import evaluating, global_batches
+from accrete.pipeline.statistics import evaluating, global_batches, require_finite
 
 if TYPE_CHECKING:
     from accrete.pipeline.models.features import BlockFeatures
@@ -55,6 +55,9 @@ class Prototypes:
         Returns:
             That percentage, or None.
 
+        Raises:
+            MethodError: See `require_finite`.
+
         Collective: yes.
         """
         numbers: dict[Answer, int] = {}
@@ -67,6 +70,7 @@ class Prototypes:
 
         _visit(stage, features, numbers, add_up)
         sum_over_ranks(sums, stage.engine.world)
+        require_finite(stage, [sums], "last features")
         self.means[stage.name] = sums[:, :-1] / sums[:, -1:]
         width = max(len(answer) for answer in numbers)
         filled = [[*answer, *[IGNORED] * (width - len(answer))] for answer in numbers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
@@ -137,8 +138,10 @@ class Replay(Method):
         stage.notes["kept_rows"] = float(len(self.memory))
 
     def _quota(self, count: int) -> int:
-        fraction = self.settings.fraction
-        return self.settings.rows if fraction is None else math.ceil(fraction * count)
+        if self.settings.fraction is None:
+            return self.settings.rows
+        # As it is written: in floating point 0.07 x 100 is more than 7.
+        return math.ceil(Fraction(str(self.settings.fraction)) * count)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The kept rows, the number of rows seen, and the settings that the memory is made with."""

@@ -34,6 +34,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 SCALE_FILE = "adapter_config.json"
 """Beside the factors: peft's settings, with the scale of every layer."""
 PREFIX = "base_model.model."
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 QV_NAMES = (("q", "v"), ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",))
 
 
@@ -82,7 +83,8 @@ class AdaptedModel:
             revision: The base's revision on the hub, for who loads a saved adapter.
 
         Raises:
-            ModelError: The targets fit no layer, or one whose weight is used elsewhere too.
+            ModelError: A target fits no layer, no nn.Linear, or one whose weight is used elsewhere
+                too.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -163,11 +165,11 @@ def _config_of(base: nn.Module) -> Any:
 
 def _targets(base: nn.Module, config: AdapterConfig) -> str | list[str]:
     if isinstance(config.targets, list):
-        return config.targets
+        return _fitting(base, config.targets)
     if config.targets == "all_linear":
         return "all-linear"
     if config.targets != "qv":
-        return [config.targets]
+        return _fitting(base, [config.targets])
     leaves = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
     for names in QV_NAMES:
         if leaves.issuperset(names):
@@ -179,6 +181,28 @@ def _targets(base: nn.Module, config: AdapterConfig) -> str | list[str]:
     )
 
 
+def _fitting(base: nn.Module, targets: list[str]) -> list[str]:
+    """The targets, each of which must fit: peft is content if one of them does.
+
+    Their blocks may be others: a forecast builds a few of a model's blocks.
+    """
+    names = {_NUMBER.sub("0", f".{name}") for name, _ in base.named_modules()}
+    ends = {target: _NUMBER.sub("0", f".{target}") for target in targets}
+    wrong = [t for t, end in ends.items() if not any(name.endswith(end) for name in names)]
+    if wrong:
+        linear = {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        raise ModelError(
+            f"adapter.targets: {', '.join(map(repr, wrong))} fits no layer of "
+            f"{type(base).__name__}. Correct it or leave it out; the linear layers of this model "
+            f"are called {', '.join(sorted(linear)[:40])}."
+        )
+    return targets
+
+
 def _find_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
     from peft.tuners.lora import LoraLayer
 
@@ -187,7 +211,10 @@ def _find_layers(module: nn.Module) -> dict[str, AdaptedLayer]:
         if isinstance(candidate, LoraLayer):
             short = name.removeprefix(PREFIX)
             if not isinstance(candidate.base_layer, nn.Linear):
-                raise ModelError(f"Layer {short} is no nn.Linear; leave it out of adapter.targets.")
+                raise ModelError(
+                    f"adapter.targets: {short} is a {type(candidate.base_layer).__name__}; allowed "
+                    "are nn.Linear layers. Name such layers, or choose another model."
+                )
             layers[short] = AdaptedLayer(short, candidate, float(candidate.scaling[ADAPTER]))
     return layers
 

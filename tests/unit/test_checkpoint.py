@@ -35,6 +35,17 @@ def test_round_trip(tmp_path):
     assert checkpoint.load(tmp_path, Position(stage=0), "nothing") == {}
 
 
+def test_a_nan_is_written_as_it_is_and_another_number_is_noticed(tmp_path, monkeypatch):
+    """Such as in an unused row of a base's embedding."""
+    value = torch.tensor([1.0, float("nan")])
+    checkpoint.save(tmp_path, Position(stage=0), {"state": {"w": value}}, 1, [], live=True)
+    assert checkpoint.load(tmp_path, Position(stage=0), "state")["w"].isnan().tolist() == [0, 1]
+    for other in (torch.tensor([2.0, float("nan")]), value[:1], value[None]):
+        monkeypatch.setattr(checkpoint, "load_file", lambda path, other=other: {"w": other})
+        with pytest.raises(CheckpointError, match="differs from what was written"):
+            checkpoint.save(tmp_path, Position(stage=1), {"state": {"w": value}}, 1, [], live=True)
+
+
 def test_newest_is_by_position_not_by_name(tmp_path):
     for position in (
         Position(stage=1),

@@ -80,6 +80,10 @@ def test_joining_what_is_inside_or_absent():
     np.testing.assert_array_equal(join_bases(None, basis), basis.double())
     np.testing.assert_array_equal(join_bases(basis, None), basis.double())
     assert join_bases(None, None) is None
+    none = row_basis(torch.zeros(5, 9), 0.6)  # of a weight that starts at zero
+    assert none.shape == (9, 0)
+    np.testing.assert_array_equal(join_bases(basis, none), basis.double())
+    np.testing.assert_allclose(projector(join_bases(none, basis)), projector(basis), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

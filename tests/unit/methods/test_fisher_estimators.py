@@ -41,7 +41,8 @@ def made_up(monkeypatch, x, g, batch, settings):
 
     monkeypatch.setattr(fisher_memory, "visit_gradients", visit_made_up)
     memory = DenseFisher(EwcLoraConfig(**settings), 0, 1, torch.device("cpu"))
-    memory.measure(SimpleNamespace(adapted=SimpleNamespace(layers={"w": layer})))
+    engine = SimpleNamespace(device=torch.device("cpu"), world=1)
+    memory.measure(SimpleNamespace(engine=engine, adapted=SimpleNamespace(layers={"w": layer})))
     return memory.kept["fisher/w"].double()
 
 

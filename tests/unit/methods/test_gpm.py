@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,25 @@ def test_without_its_memory_it_would_be_another_run(tmp_path):
     apart = sum(float((second[0][n] - second[1][n]).square().sum()) for n in second[0])
     moved = sum(float((second[1][n] - first[1][n]).square().sum()) for n in second[0])
     assert apart > 0.05 * moved
+
+
+def test_a_full_memory_is_said_before_training(tmp_path):
+    runs = learned(tmp_path, "llama", 21, tasks=2, steps=1, threshold=1.0)
+    parts, _ = next(runs)
+    before = {n: p.detach().clone() for n, p in parts.engine.parameters.items()}
+    assert all(b.shape[0] == b.shape[1] for b in parts.method.memory.values())
+    next(runs)
+    for name, value in parts.engine.parameters.items():
+        torch.testing.assert_close(value.detach(), before[name], rtol=0, atol=1e-5)
+    runs.close()
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    said = [e["message"] for e in map(json.loads, events) if e["event"] == "warning"]
+    assert len(said) == 1
+    assert said[0].startswith("two: the memory holds all directions of 8 of 8 layer inputs")
+    runs = learned(tmp_path / "half", "llama", 21, tasks=2, steps=1, threshold=0.5)  # control
+    for _ in runs:
+        pass
+    assert '"warning"' not in (tmp_path / "half" / "run" / "events.jsonl").read_text()
 
 
 def test_rows_and_state(tmp_path):

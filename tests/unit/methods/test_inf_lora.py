@@ -208,6 +208,10 @@ def test_without_room_nothing_moves_and_the_run_says_so(tmp_path):
             assert not b.any()
     told = [e.get("inputs_without_room") for e in events(tmp_path, "consolidated")]
     assert told == [None, 2.0, 2.0]
+    said = [(e["stage"], e["message"]) for e in events(tmp_path, "warning")]
+    assert [stage for stage, _ in said] == [1, 2]
+    assert all("2 of 2 layer inputs have fewer free directions" in text for _, text in said)
+    assert all("nothing can be learned of this task" in text for _, text in said)
     assert all(m.basis.shape == (32, 0) for m in seen.parts.method.memory.values())
 
 

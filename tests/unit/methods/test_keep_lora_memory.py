@@ -134,6 +134,26 @@ def test_a_task_that_can_learn_nothing_is_said_before_it_trains(tmp_path):
     assert not any(b.any() for _, b in run.factors[1].values())
 
 
+def test_layers_that_do_not_run_are_not_said_to_lack_room(tmp_path):
+    run = Watched(tmp_path, "llama_idle", tasks=1)
+    assert any("idle" in name for name in run.factors[0])
+    assert not run.warnings_before_training(0)
+    assert run.notes[0]["empty_rows"] == 0
+
+
+def test_a_weight_of_zeros_has_no_direction_to_keep(tmp_path, monkeypatch):
+    """Blocks that are put into a finished model start so."""
+    base = toys.base_model("llama")
+    base.model.layers[1].self_attn.v_proj.weight.zero_()
+    monkeypatch.setattr(toys, "base_model", lambda kind: base)
+    run = Watched(tmp_path, "llama", tasks=2)
+    name = "model.layers.1.self_attn.v_proj"
+    assert run.method.principal[name].shape == (32, 0)
+    a, _ = run.factors[1][name]
+    assert a.any(1).all()
+    assert float((a @ run.before[1][run.key(name)]).abs().max()) < 1e-5
+
+
 def span_at(run, task, name):
     weight = toys.base_model("llama").get_submodule(name).weight.double().numpy()
     memory = run.before[task].get(run.key(name))

@@ -160,6 +160,12 @@ def test_fraction_is_rounded_up(tmp_path):
     assert Counter(stage for stage, _ in kept_origins(parts.method)) == {0: 3, 1: 3}
 
 
+def test_a_whole_number_of_rows_is_not_rounded_up():
+    """In floating point 0.07 x 100 is 7.000000000000001."""
+    assert [Replay(ReplayConfig(fraction=f))._quota(100) for f in (0.07, 0.14, 0.29)] == [7, 14, 29]
+    assert [Replay(ReplayConfig(fraction=f))._quota(21) for f in (1e-9, 0.1, 1.0)] == [1, 3, 21]
+
+
 def test_reservoir_keeps_its_size_and_mixes_tasks(tmp_path):
     parts = make(tmp_path, memory="reservoir", rows=12)
     StageRunner(parts).run()

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from accrete.pipeline.distributed.engine import OptimizerSettings
 from accrete.pipeline.distributed.plain import PlainEngine
@@ -207,6 +214,31 @@ def test_targets_of_t5():
     assert "decoder.block.1.layer.1.EncDecAttention.v" in layers
 
 
-def test_targets_that_fit_nothing():
-    with pytest.raises(ModelError, match="wrong_name"):
-        AdaptedModel(llama(), AdapterConfig(targets=["wrong_name"]))
+@pytest.mark.parametrize("targets", ["wrong_name", ["wrong_name"], ["q_proj", "wrong_name"]])
+def test_a_target_that_fits_nothing_is_refused(targets):
+    """Also beside one that fits, which would be all that is trained."""
+    with pytest.raises(ModelError, match=r"'wrong_name' fits no layer .* k_proj, .* v_proj\.$"):
+        AdaptedModel(llama(), AdapterConfig(targets=targets))
+
+
+@pytest.mark.parametrize("targets", ["q_proj", ["layers.1.self_attn.q_proj"], ["lm_head"]])
+def test_a_target_may_be_a_whole_name_or_its_end(targets):
+    names = list(AdaptedModel(llama(), AdapterConfig(targets=targets)).layers)
+    end = targets if isinstance(targets, str) else targets[0]
+    assert names
+    assert all(f".{name}".endswith(f".{end}") for name in names)
+
+
+def test_a_target_may_name_a_block_that_a_short_model_lacks():
+    """As in a forecast, which builds a few of the blocks."""
+    targets = ["layers.0.self_attn.q_proj", "layers.7.self_attn.q_proj"]
+    assert len(AdaptedModel(llama(), AdapterConfig(targets=targets)).layers) == 1
+    with pytest.raises(ModelError, match=r"'layers\.7\.q_proj' fits no layer"):
+        AdaptedModel(llama(), AdapterConfig(targets=[targets[0], "layers.7.q_proj"]))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_layers_of_another_kind_are_named():
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(ModelError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D; allowed"):
+        AdaptedModel(GPT2LMHeadModel(config), AdapterConfig(targets="all_linear"))
