@@ -76,6 +76,7 @@ def build(
     Collective: yes.
     """
     from accrete.eval.evaluator import SequenceEvaluator
+    from accrete.launch.positions import require_positions
     from accrete.launch.prepare import hub_revision, open_tokenizer
     from accrete.pipeline.data.collate import Collator
     from accrete.pipeline.data.prepare import TaskHandle
@@ -98,6 +99,7 @@ def build(
     model = kept_precision(config.model, type(method))
     origin = began_on(run, ranks.device)
     base = load_base(model_path, model, origin)
+    require_positions(base, tasks, config)
     facts = replace(facts, unknown_inputs=unknown_inputs(base))
     adapted = (
         FullModel(base, method.weights, base_dtype(config.model, origin), ranks.device.type)
