@@ -290,7 +290,7 @@ def test_read_fields_stops_at_the_keys(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (b'{"Definition": [1,\n}', "a.json:2: bad JSON"),
-        (b'{\n"Definition": "caf\xe9"}', "a.json:2: not UTF-8 text"),
+        (b'{\n"Definition": "se\xf1al"}', "a.json:2: not UTF-8 text"),
     ],
 )
 def test_read_fields_names_the_line(tmp_path: Path, content: bytes, said: str) -> None:
