@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from accrete.launch.environment import choose_device, choose_procs
 from accrete.pipeline.config.checks import require_data_root
-from accrete.pipeline.errors import ModelError
 from accrete.pipeline.run_dir import RunDir, read_json
 from accrete.pipeline.sinks import check_tensorboard
 
@@ -107,20 +106,9 @@ def is_seq2seq(model_path: str, revision: str | None) -> bool:
     Raises:
         ModelError: Its configuration cannot be read.
     """
-    from transformers import AutoConfig
+    from accrete.pipeline.models.load import read_config
 
-    try:
-        # Without a word about remote code transformers would ask on the terminal.
-        settings = AutoConfig.from_pretrained(
-            model_path, revision=revision, trust_remote_code=False
-        )
-    except Exception as error:  # not found, not JSON, a field of a wrong type: no common base class
-        raise ModelError(
-            f"model.path {model_path}: its configuration cannot be read ({type(error).__name__}: "
-            f"{error}). Give a folder with a config.json that transformers takes, or a hub id; "
-            "accrete runs no code that comes with a model."
-        ) from error
-    return bool(settings.is_encoder_decoder)
+    return bool(read_config(model_path, revision).is_encoder_decoder)
 
 
 def tokenizer_options(config: RunConfig) -> dict[str, str] | None:

@@ -15,7 +15,7 @@ import torch
 from accrete.pipeline.errors import ModelError
 from accrete.pipeline.methods.registry import method_class
 from accrete.pipeline.models.full import FullModel, kept_precision
-from accrete.pipeline.models.load import base_dtype, keep_no_cache, set_dropout
+from accrete.pipeline.models.load import base_dtype, keep_no_cache, read_config, set_dropout
 from accrete.pipeline.models.lora import AdaptedModel
 
 if TYPE_CHECKING:
@@ -37,16 +37,14 @@ def read_settings(path: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     published = PUBLISHED / f"{path.replace('/', '--').lower()}.json"
+    if not Path(path).expanduser().exists() and published.is_file():
+        raw = json.loads(published.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(raw.pop("model_type"), **raw)
     try:
-        if not Path(path).expanduser().exists() and published.is_file():
-            raw = json.loads(published.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(raw.pop("model_type"), **raw)
-        # Without a word about remote code transformers would ask on the terminal.
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # not found, not JSON, a field of a wrong type: no common base class
+        return read_config(path, revision)
+    except ModelError as error:
         raise ModelError(
-            f"model.path {path}: its configuration cannot be read ({error}). A plan needs the "
-            "model's config.json alone, without weights: give a folder that holds one."
+            f"{error} A plan needs no weights beside config.json: a folder that holds one will do."
         ) from error
 
 

@@ -162,10 +162,10 @@ class ZeroEngine:
             return self.parameters[name].detach()
         if not self._seen:
             raise DistributedError(f"{name}: no forward since `watch` or the last step.")
+        if name in self._seen:
+            return self._seen[name]
         # A part of the model may not run, such as one for pictures. It gets no gradient either.
-        seen = self._seen.get(name)
-        shape = self._shape(self.parameters[name])
-        return torch.zeros(shape, device=self.device) if seen is None else seen
+        return torch.zeros(self._shape(self.parameters[name]), device=self.device)
 
     def value(self, name: str) -> torch.Tensor:
         """The master value, whole. Collective: yes (at ZeRO 3)."""

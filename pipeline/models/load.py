@@ -62,6 +62,25 @@ def unknown_inputs(base: nn.Module) -> frozenset[str]:
     return frozenset({"position_ids", "logits_to_keep"} - known.keys())
 
 
+def read_config(path: str | Path, revision: str | None = None) -> Any:
+    """A model's own configuration.
+
+    Raises:
+        ModelError: It is missing, or transformers does not take it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        # Without a word about remote code transformers would ask on the terminal.
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # not found, not JSON, a field of a wrong type: no common base class
+        raise ModelError(
+            f"model.path {path}: its configuration cannot be read ({type(error).__name__}: "
+            f"{error}). Give a folder with a config.json that transformers takes, or a hub id; "
+            "accrete runs no code that comes with a model."
+        ) from error
+
+
 def read_facts(path: str | Path, tokenizer: Any, revision: str | None = None) -> ModelFacts:
     """Read `ModelFacts` from a model's configuration and its tokenizer.
 
@@ -71,11 +90,10 @@ def read_facts(path: str | Path, tokenizer: Any, revision: str | None = None) ->
         revision: Hub revision.
 
     Raises:
-        ModelError: The tokenizer has no end token, or the encoder-decoder no start token.
+        ModelError: The tokenizer has no end token, the encoder-decoder no start token, or the
+            configuration cannot be read.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, revision=revision)
+    config = read_config(path, revision)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
@@ -136,10 +154,10 @@ def load_base(path: str | Path, config: ModelConfig, device: torch.device) -> nn
     Raises:
         ModelError: The folder or the architecture cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    settings = read_config(path, config.revision)
     try:
-        settings = AutoConfig.from_pretrained(path, revision=config.revision)
         set_dropout(settings, config.dropout)
         family = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
         attention = config.attention if _has_sdpa(settings) else "eager"
