@@ -20,6 +20,10 @@ warnings.filterwarnings("ignore")
 
 
 def main(out: Path, device: str, world: int) -> None:
+    if device == "second":
+        from second_device import install
+
+        install()
     load_libraries()
     if world == 1:
         be_rank(0, out, device)
