@@ -1,8 +1,8 @@
 """A second device without a GPU: tensors that PyTorch keeps apart from the CPU's.
 
-`second_device.cpp` has it; here it takes the place of the engine's device in a launch of one
-process. A tensor that a method forgets on the CPU fails there as it would on a GPU, and what would
-make the host wait for a GPU is counted. It has neither collectives nor DeepSpeed.
+`second_device.cpp` has it; here it takes the place of the engine's device in a launch. A tensor
+that a method forgets on the CPU fails there as it would on a GPU, and what would make the host wait
+for a GPU is counted. `second_ranks.py` has its collectives and DeepSpeed's face of it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ def install() -> None:
     """Build the device and run every case of this process on it."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     build()
+    import second_ranks
+    import toys
+
+    second_ranks.join()
+    toys.base_model = moved(toys.base_model)
     import cases
 
     from accrete.pipeline.distributed import comm
     from accrete.pipeline.distributed.plain import PlainEngine
 
-    comm._device = lambda asked, local_rank: torch.device(NAME, 0)
+    comm._device = only_device
+    cases.CASES["clumsy"] = clumsy
     step, sequence = PlainEngine.step, cases.CASES["sequence"]
-    waits: list[int] = []
+    waits = [0, 0]
 
     def counted_step(engine: PlainEngine, learning_rate: float) -> float:
         norm = step(engine, learning_rate)
@@ -49,13 +55,30 @@ def install() -> None:
         return norm
 
     def counted_sequence(ranks: Any, folder: Path, **params: Any) -> dict[str, Any]:
-        """The case, and how often the host waits in its last step."""
-        waits.clear()
+        """The case, and how often the host waits in the plain engine's last step."""
         return {**sequence(ranks, folder, **params), "waits": waits[-1] - waits[-2]}
 
     PlainEngine.step = counted_step  # type: ignore[method-assign]
     cases.CASES["sequence"] = counted_sequence
-    cases.CASES["clumsy"] = clumsy
+
+
+def only_device(asked: str, local_rank: int) -> torch.device:
+    """Stands in for `comm._device`: a rank sees one device, as where a launcher hides others."""
+    os.environ["LOCAL_RANK"] = "0"
+    return torch.device(NAME, 0)
+
+
+def moved(base_model: Any) -> Any:
+    """Make toys on the device: PyTorch would give a module other parameters when it moves there."""
+
+    def make(kind: str) -> torch.nn.Module:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return base_model(kind).to(torch.device(NAME, 0))
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    return make
 
 
 def build() -> None:
@@ -81,8 +104,6 @@ def build() -> None:
     module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     torch._register_device_module(NAME, module)
-    # Otherwise a module that moves there gets other parameters instead of moving those it has.
-    torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 def clumsy(ranks: Any, folder: Path, how: str, **params: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every method on a device that is not the CPU, as on the CPU: what a GPU would refuse, and waits.
 
-The cases are those of one plain process, each compared with itself on the CPU.
+The cases are those of one plain process and of two at ZeRO 2 and 3, each compared with itself on
+the CPU. What ranks send one another has to be on the device, as for NCCL.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import pytest
 import second_device
 import torch
-from comparison import assert_same_run
+from comparison import assert_same_run, groups
 from harness import Case, Launch
-from method_settings import SETTINGS
+from method_settings import FOUR, SETTINGS
 from plan import WORLDS
 from plan_base import BATCH
 from plan_methods import CUT, MICRO, STEPS, TASKS, TOYS, TRIPLET
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         second_device.missing() is not None, reason=f"needs a build: {second_device.missing()}"
     ),
@@ -47,10 +48,31 @@ LOW = 1e-1
 what a second task moves differs as much between engines (`test_methods`, `test_sharding`)."""
 
 
+MATRICES = ("keep_lora", "full", "gpm", "lora_subtraction_triplet")
+"""Kinds that keep matrices in a checkpoint, each in another way."""
+TWO = [
+    *[f"ewc_lora-{model}-zero{zero}-acc1" for model, zero in (("t5", 3), ("llama", 2))],
+    *[
+        f"method-{kind}-{'t5-zero3' if number % 2 else 'llama-zero2'}"
+        for number, kind in enumerate(FOUR)
+    ],
+    *[f"{name}-{kind}" for kind in MATRICES for name in ("methodcut", "methodresumed")],
+    *["scoring-t5-zero3", "rows-5"],
+]
+"""Cases of two ranks, one of each kind of mechanism; the tensors of `rows-5` are on the CPU."""
+
+
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
     cases = [*PLAIN, *CUTS, *CLUMSY]
     return Launch(1, cases, tmp_path_factory.mktemp("second") / "one", 500, "second")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    cases = [case for case in WORLDS[2] if case.name in TWO]
+    assert len(cases) == len(TWO)
+    return Launch(2, cases, tmp_path_factory.mktemp("second") / "two", 500, "second")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -60,6 +82,24 @@ def test_a_run_is_that_of_the_cpu(second, launches, name):
     low = name.startswith(("low", "half"))
     assert got["losses"] == pytest.approx(expected["losses"], rel=2e-3 if low else CLOSE)
     assert_same_run(got, expected, LOW if low else CLOSE)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TWO if name.startswith(("ewc", "method-", "methodr"))]
+)
+def test_two_ranks_are_those_of_the_cpu(two, launches, name):
+    got, expected = two.result(name), launches(2).result(name)
+    for mine, other in zip(got, expected, strict=True):
+        assert mine["bytes"] == other["bytes"]
+    assert got[0]["losses"] == pytest.approx(expected[0]["losses"], rel=CLOSE)
+    a, b = groups(got[0]), groups(expected[0])
+    assert a.keys() == b.keys()
+    for kind, value in b.items():
+        assert float((a[kind] - value).norm()) <= CLOSE * float(value.norm()), kind
+
+
+def test_two_ranks_score_as_on_the_cpu(two, launches):
+    assert two.result("scoring-t5-zero3") == launches(2).result("scoring-t5-zero3")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -92,9 +132,11 @@ def test_no_step_waits_more_often_than_that_of_sequential(second, kind):
     assert 0 < got <= plain * (2 if kind in SECOND_FORWARD else 1)
 
 
-def test_controls(second):
-    """A method that mixes devices ends; one that reads a number of every layer waits for each."""
+def test_controls(second, two):
+    """What mixes devices or sends from the CPU ends; who reads a number of every layer waits."""
     with pytest.raises(AssertionError, match="all tensors to be on the same device"):
         second.result("mixes")
+    with pytest.raises(AssertionError, match="no backend for a tensor on cpu"):
+        two.result("rows-5")
     plain = second.result(f"method-sequential-{MODEL}-zeroNone")[0]["waits"]
     assert second.result("reads")[0]["waits"] >= plain + 4

@@ -98,6 +98,7 @@ def memorise(model: torch.nn.Module, rows: list[EncodedRow], kind: str) -> None:
     from accrete.pipeline.stage import aligned_logits, row_losses
 
     batch = Collator(kind == "t5", PAD, PAD if kind == "t5" else None, EOS).train(rows, len(rows))
+    batch = batch.to(next(model.parameters()).device)
     model.requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(150):
