@@ -48,7 +48,7 @@ def rows_of(result: dict[str, Any], shape: str) -> list[list[str]]:
         tasks = list(row["tasks"].values())
 
         def cell(form: str, values: list[float | None]) -> str:
-            said = ["-" if value is None else form.format(value) for value in values]
+            said = ["-" if value is None else _plain(form.format(value)) for value in values]
             return said[0] if len(set(said)) == 1 else " / ".join(said)
 
         def mib(key: str, tasks: list[Any] = tasks) -> list[float | None]:
@@ -75,6 +75,11 @@ def rows_of(result: dict[str, Any], shape: str) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _plain(number: str) -> str:
+    """Rounded as it is, without an exponent."""
+    return f"{float(number):.0f}" if "e+" in number else number
 
 
 def shapes_of(result: dict[str, Any]) -> list[str]:
