@@ -86,6 +86,8 @@ def build() -> None:
     from torch.utils.cpp_extension import load
 
     torch.utils.rename_privateuse1_backend(NAME)
+    # The ninja that DeepSpeed brings, where the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as folder:
         load(
             "second_device",
