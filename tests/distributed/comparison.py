@@ -28,7 +28,13 @@ def groups(result):
 
 
 def assert_same_run(got, expected, tolerance=1e-5):
-    assert len(got["losses"]) == len(expected["losses"]) >= 2 * STEPS
+    assert len(expected["losses"]) >= 2 * STEPS
+    assert_same_values(got, expected, tolerance)
+
+
+def assert_same_values(got, expected, tolerance=1e-5):
+    """Also of a resumed run, which has fewer steps."""
+    assert len(got["losses"]) == len(expected["losses"])
     for a, b in zip(got["losses"], expected["losses"], strict=True):
         assert a == pytest.approx(b, rel=tolerance)
     a, b = groups(got), groups(expected)
@@ -36,3 +42,12 @@ def assert_same_run(got, expected, tolerance=1e-5):
     for kind, value in b.items():
         worst = float((a[kind] - value).norm() / value.norm().clamp(min=1e-12))
         assert worst <= tolerance, (kind, worst)
+
+
+def assert_resumed(got, whole, missed):
+    """A run resumed after so many steps against the uninterrupted one: equal to the bit."""
+    assert len(got["losses"]) == len(whole["losses"]) - missed
+    assert got["losses"] == whole["losses"][-len(got["losses"]) :]
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(got[name], value), name

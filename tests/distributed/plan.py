@@ -356,7 +356,7 @@ WORLDS: dict[int, list[Case]] = {
         *[Case(f"rows-{n}", "rows", {"count": n}) for n in (1, 2, 5)],
         *methods(2),
         *low_products(2),
-        *method_resumes(),
+        *method_resumes(2),
         *dropouts(),
         *method_traffics(),
         *pooled(2),

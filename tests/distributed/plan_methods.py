@@ -147,16 +147,16 @@ def resumed_model(kind: str) -> str:
     return "llama" if ("llama", 2) in shards(kind, 2) else "t5"
 
 
-def method_resumes() -> list[Case]:
-    """Every method cut in the middle of its second task, and resumed."""
+def method_resumes(world: int) -> list[Case]:
+    """Every method cut in the middle of its second task, and resumed: two ranks are at ZeRO 2."""
     return [
         Case(f"{name}-{kind}", how, {**params, **more})
         for kind, settings in SETTINGS.items()
         for params in [
             {
                 "model": TOYS[resumed_model(kind)],
-                "zero": 2,
-                "micro": 4,
+                "zero": None if world == 1 else 2,
+                "micro": MICRO.get(kind, BATCH // world),
                 "every_steps": 1,
                 **TASKS,
                 **settings,

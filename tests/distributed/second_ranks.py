@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from counting import COLLECTIVES
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from second_device import NAME
 
-NAME = "second"
 BACKEND = "relay"
 ELDER = {"all_gather_single": "_allgather_base", "reduce_scatter_single": "_reduce_scatter_base"}
 """A collective's name -> what gloo itself still calls it."""

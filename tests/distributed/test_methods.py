@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import assert_same_run, groups
+from comparison import assert_resumed, assert_same_run, groups
 from method_settings import FOUR, PLAIN_RELATIVE, QUIET, SETTINGS, TOLERANCE
 from plan_base import MODELS, STAGES
 from plan_methods import CUT, FROZEN, LOW, STEPS, TRIPLET, WHOLE_WEIGHTS, resumed_model, shards
@@ -67,20 +67,12 @@ def moved(result):
 def test_interrupted_equals_uninterrupted(launches, kind):
     got = launches(2).result(f"methodresumed-{kind}")[0]
     whole = launches(2).result(f"method-{kind}-{resumed_model(kind)}-zero2")[0]
-    assert got["losses"] == whole["losses"][-len(got["losses"]) :]
-    assert len(got["losses"]) == len(whole["losses"]) - STEPS - CUT
-    for name, value in whole.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(got[name], value), name
+    assert_resumed(got, whole, STEPS + CUT)
 
 
 def test_interrupted_equals_uninterrupted_with_dropout(launches):
     got, whole = (launches(2).result(f"dropout-{name}")[0] for name in ("resumed", "whole"))
-    assert len(got["losses"]) == len(whole["losses"]) - STEPS - CUT
-    assert got["losses"] == whole["losses"][-len(got["losses"]) :]
-    for name, value in whole.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(got[name], value), name
+    assert_resumed(got, whole, STEPS + CUT)
     # Control: something is dropped in every step but the first, which begins with B = 0.
     still = launches(2).result("method-lwf-llama-zero2")[0]
     same = [a == b for a, b in zip(whole["losses"], still["losses"], strict=False)]

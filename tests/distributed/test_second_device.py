@@ -9,19 +9,19 @@ from __future__ import annotations
 import pytest
 import second_device
 import torch
-from comparison import assert_same_run, groups
+from comparison import assert_resumed, assert_same_run, assert_same_values
 from harness import Case, Launch
 from method_settings import FOUR, SETTINGS
 from plan import WORLDS
 from plan_base import BATCH
-from plan_methods import CUT, MICRO, STEPS, TASKS, TOYS, TRIPLET
+from plan_methods import CUT, STEPS, TASKS, TOYS, TRIPLET, method_resumes, resumed_model
+
+MISSING = second_device.missing()
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        second_device.missing() is not None, reason=f"needs a build: {second_device.missing()}"
-    ),
+    pytest.mark.skipif(MISSING is not None, reason=f"the device cannot be built: {MISSING}"),
 ]
 
 PLAIN = [case for case in WORLDS[1] if case.params.get("zero", 0) is None]
@@ -29,15 +29,6 @@ RUNS = [case.name for case in PLAIN if case.kind == "sequence"]
 OTHERS = [case.name for case in PLAIN if case.kind != "sequence"]
 MODEL = "llama"
 PARAMS = {"model": TOYS[MODEL], "zero": None, "micro": BATCH, **TASKS}
-CUTS = [
-    Case(f"{name}-{kind}", how, {**params, **more})
-    for kind, settings in SETTINGS.items()
-    for params in [{**PARAMS, "micro": MICRO.get(kind, BATCH), "every_steps": 1, **settings}]
-    for name, how, more in (
-        ("cut", "interrupted", {"cut": CUT}),
-        ("resumed", "resumed", {"source": f"cut-{kind}"}),
-    )
-]
 CLUMSY = [Case(how, "clumsy", {**PARAMS, "how": how}) for how in ("reads", "mixes")]
 SECOND_FORWARD = ("lwf", "lwf_reversed", "sr2_lora_uncached", TRIPLET)
 """Kinds that go through the model twice in a step, or in two micro-batches."""
@@ -46,8 +37,6 @@ CLOSE = 1e-4
 LOW = 1e-1
 """Of factors, where weights are multiplied in bf16: a GPU rounds other operations than a CPU, and
 what a second task moves differs as much between engines (`test_methods`, `test_sharding`)."""
-
-
 MATRICES = ("keep_lora", "full", "gpm", "lora_subtraction_triplet")
 """Kinds that keep matrices in a checkpoint, each in another way."""
 TWO = [
@@ -64,7 +53,7 @@ TWO = [
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory):
-    cases = [*PLAIN, *CUTS, *CLUMSY]
+    cases = [*PLAIN, *method_resumes(1), *CLUMSY]
     return Launch(1, cases, tmp_path_factory.mktemp("second") / "one", 500, "second")
 
 
@@ -89,13 +78,8 @@ def test_a_run_is_that_of_the_cpu(second, launches, name):
 )
 def test_two_ranks_are_those_of_the_cpu(two, launches, name):
     got, expected = two.result(name), launches(2).result(name)
-    for mine, other in zip(got, expected, strict=True):
-        assert mine["bytes"] == other["bytes"]
-    assert got[0]["losses"] == pytest.approx(expected[0]["losses"], rel=CLOSE)
-    a, b = groups(got[0]), groups(expected[0])
-    assert a.keys() == b.keys()
-    for kind, value in b.items():
-        assert float((a[kind] - value).norm()) <= CLOSE * float(value.norm()), kind
+    assert [mine["bytes"] for mine in got] == [other["bytes"] for other in expected]
+    assert_same_values(got[0], expected[0], CLOSE)
 
 
 def test_two_ranks_score_as_on_the_cpu(two, launches):
@@ -115,13 +99,9 @@ def test_a_part_is_that_of_the_cpu(second, launches, name):
 
 @pytest.mark.parametrize("kind", list(SETTINGS))
 def test_interrupted_equals_uninterrupted(second, kind):
-    got = second.result(f"resumed-{kind}")[0]
-    whole = second.result(f"method-{kind}-{MODEL}-zeroNone")[0]
-    assert len(got["losses"]) == len(whole["losses"]) - STEPS - CUT
-    assert got["losses"] == whole["losses"][-len(got["losses"]) :]
-    for name, value in whole.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(got[name], value), name
+    got = second.result(f"methodresumed-{kind}")[0]
+    whole = second.result(f"method-{kind}-{resumed_model(kind)}-zeroNone")[0]
+    assert_resumed(got, whole, STEPS + CUT)
 
 
 @pytest.mark.parametrize("kind", list(SETTINGS))
